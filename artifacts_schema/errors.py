@@ -1,0 +1,5 @@
+"""The one exception that reaches a user: a single line that says what is wrong and what to do."""
+
+
+class UserError(Exception):
+    """Bad input or a bad environment. The command prints the message without a traceback and exits with 2."""

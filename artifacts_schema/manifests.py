@@ -1,0 +1,134 @@
+"""What a manifest says: one tagged struct for each kind of artifact. Unknown fields are errors.
+
+Any change to a struct makes a new tag; old structs then stay as they are, with a pure upgrade to the next.
+"""
+
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Key = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The base of everything in a manifest. msgspec inherits the options but `kw_only`; mypy wants `frozen` again."""
+
+
+class File(Record, frozen=True, kw_only=True):
+    """A published file: its path inside the artifact's directory ("/" between parts), its size, its content."""
+
+    path: str
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+
+class Model(Record, frozen=True, kw_only=True):
+    """The checkpoint that a run uses: the built-in demo's name or a directory, and its components' fingerprints."""
+
+    name: str
+    fingerprints: dict[str, Sha256]
+
+
+class Cost(Record, frozen=True, kw_only=True):
+    """What making something took. Memory in bytes; `mlx` is MLX's own peak, `process` the whole process's."""
+
+    seconds: float
+    process_peak: int
+    mlx_peak: int
+
+
+class Settings(Record, frozen=True, kw_only=True):
+    """What a prompt asks of the later stages; None leaves it to the command line or the checkpoint's defaults."""
+
+    seeds: tuple[int, ...] | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    true_cfg_scale: float | None = None
+
+
+class PromptItem(Record, frozen=True, kw_only=True):
+    """One prompt, the files of its embeddings, and the settings that came with it."""
+
+    prompt: str
+    negative_prompt: str
+    prompt_key: Key
+    negative_key: Key
+    name: str | None = None
+    settings: Settings = Settings()
+
+
+class Embedding(Record, frozen=True, kw_only=True):
+    """prompt_embeds [tokens, dim] and prompt_embeds_mask [tokens], unpadded, in one safetensors file."""
+
+    key: Key
+    tokens: Positive
+    dim: Positive
+    dtype: str
+    file: File
+
+
+class LatentsItem(Record, frozen=True, kw_only=True):
+    """One picture's final latents: normalized, unpacked, float32 [channels, height / 8, width / 8] in a zarr array."""
+
+    key: Key
+    prompt: str
+    negative_prompt: str
+    prompt_key: Key
+    negative_key: Key | None  # None: no guidance, the negative prompt was not used
+    name: str | None = None
+    seed: int | None  # None: the noise came from a file
+    noise_sha256: Sha256 | None = None
+    width: Positive
+    height: Positive
+    num_inference_steps: Positive
+    true_cfg_scale: float
+    dtype: str
+    shape: tuple[Positive, Positive, Positive]
+    files: tuple[File, ...]
+    cost: Cost
+
+    @property
+    def directory(self) -> str:
+        return f"{self.key}.zarr"
+
+
+class ImageItem(Record, frozen=True, kw_only=True):
+    """One PNG, and the latents it was decoded from."""
+
+    key: Key
+    latents_key: Key
+    prompt: str
+    seed: int | None
+    dtype: str
+    file: File
+    cost: Cost
+
+
+class Manifest(Record, frozen=True, tag_field="schema", kw_only=True):
+    """The commit mark of an artifact: what it holds, made from what, with what, at what cost."""
+
+    kind: ClassVar[str]  # also the directory's name inside a run
+    created_by: str
+    model: Model
+    inputs: tuple[Sha256, ...] = ()  # manifest ids of what it was made from
+
+
+class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/1", kw_only=True):
+    kind: ClassVar[str] = "embeddings"
+    items: tuple[PromptItem, ...]
+    embeddings: tuple[Embedding, ...]
+    cost: Cost
+
+
+class LatentsManifest(Manifest, frozen=True, tag="qwen-stage/latents/1", kw_only=True):
+    kind: ClassVar[str] = "latents"
+    items: tuple[LatentsItem, ...]
+
+
+class ImagesManifest(Manifest, frozen=True, tag="qwen-stage/images/1", kw_only=True):
+    kind: ClassVar[str] = "images"
+    items: tuple[ImageItem, ...]

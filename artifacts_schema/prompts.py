@@ -1,0 +1,154 @@
+"""What a user asks for: prompt files (.txt, .toml, .jsonl) and the settings that travel with a prompt."""
+
+import math
+import re
+import tomllib
+from typing import Any
+
+import msgspec
+
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import Record, Settings
+
+FORMATS = ("txt", "toml", "jsonl")
+MAX_SEED = 2**64 - 1
+
+
+class Prompt(Record, frozen=True):
+    """One prompt and what it asks for."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    name: str | None = None
+    settings: Settings = Settings()
+
+
+class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A prompt as .toml and .jsonl files spell it."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    name: str | None = None
+    seed: int | None = None
+    seeds: list[int] | None = None
+    size: str | None = None
+    steps: int | None = None
+    cfg: float | None = None
+
+
+def parse_prompts(data: bytes, format: str, source: str) -> list[Prompt]:
+    """Parses a prompt file's bytes; `source` names the file in errors. Raises UserError, naming the line or prompt."""
+    text = _decode(data, source)
+    prompts = {"txt": _parse_txt, "toml": _parse_toml, "jsonl": _parse_jsonl}[format](text, source)
+    if not prompts:
+        raise UserError(f"{source} holds no prompts; write one a line")
+    return prompts
+
+
+def to_jsonl(entries: list[Entry]) -> bytes:
+    return b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "1024x768" -> (width, height) in pixels."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5})[xX×]([1-9][0-9]{0,5})", text.strip())
+    if not match:
+        raise UserError(f"size {text!r} is not WIDTHxHEIGHT, as in 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def check_settings(settings: Settings) -> Settings:
+    """Raises UserError for values that no model could use."""
+    seeds = settings.seeds
+    if seeds is not None:
+        if not seeds:
+            raise UserError("no seeds are given")
+        if out_of_range := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
+            raise UserError(f"seed {out_of_range[0]} is not between 0 and {MAX_SEED}")
+        if twice := next((seed for seed in seeds if seeds.count(seed) > 1), None):
+            raise UserError(f"seed {twice} is given twice; it would make the same picture twice")
+    if settings.num_inference_steps is not None and settings.num_inference_steps < 1:
+        raise UserError(f"steps must be at least 1, not {settings.num_inference_steps}")
+    if settings.true_cfg_scale is not None and not math.isfinite(settings.true_cfg_scale):
+        raise UserError(f"cfg must be a finite number, not {settings.true_cfg_scale}")
+    return settings
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{source}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{source}, line {line}: holds a NUL byte; is it text?")
+    return text
+
+
+def _parse_txt(text: str, source: str) -> list[Prompt]:
+    lines = (line.strip() for line in re.split(r"\r\n|\n|\r", text))
+    return [Prompt(prompt=line) for line in lines if line and not line.startswith("#")]
+
+
+def _parse_jsonl(text: str, source: str) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entry = msgspec.json.decode(line, type=Entry)
+            except (msgspec.MsgspecError, RecursionError) as error:
+                raise UserError(f"{source}, line {number}: {error}") from None
+            prompts.append(_prompt(entry, f"{source}, line {number}"))
+    return prompts
+
+
+def _parse_toml(text: str, source: str) -> list[Prompt]:
+    """`[[prompts]]` tables; the same keys at the top of the file are defaults for all of them."""
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{source}: {error}") from None
+    entries = table.pop("prompts", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{source}: prompts must be written as [[prompts]] tables")
+    if not entries:
+        raise UserError(f"{source} holds no [[prompts]] tables")
+    prompts = []
+    for number, own in enumerate(entries, 1):
+        where = f"{source}, prompt {number}"
+        try:
+            prompts.append(_prompt(msgspec.convert(_with_defaults(table, own), type=Entry), where))
+        except msgspec.ValidationError as error:
+            raise UserError(f"{where}: {error}") from None
+    return prompts
+
+
+def _with_defaults(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A prompt's own `seed` also replaces a default `seeds`, and the other way round."""
+    if "seed" in own or "seeds" in own:
+        defaults = {key: value for key, value in defaults.items() if key not in ("seed", "seeds")}
+    return {**defaults, **own}
+
+
+def _prompt(entry: Entry, where: str) -> Prompt:
+    try:
+        if entry.seed is not None and entry.seeds is not None:
+            raise UserError("give either seed or seeds")
+        seeds = entry.seeds if entry.seed is None else [entry.seed]
+        width, height = (None, None) if entry.size is None else parse_size(entry.size)
+        settings = Settings(
+            seeds=None if seeds is None else tuple(seeds),
+            width=width,
+            height=height,
+            num_inference_steps=entry.steps,
+            true_cfg_scale=entry.cfg,
+        )
+        return Prompt(
+            prompt=entry.prompt,
+            negative_prompt=entry.negative_prompt,
+            name=entry.name,
+            settings=check_settings(settings),
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

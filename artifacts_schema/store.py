@@ -1,0 +1,253 @@
+"""The only place that writes artifacts: whole or not at all, and checked whenever they are read.
+
+Publishing: write into a temporary sibling on the same file system, fsync, rename, fsync the directory. The manifest
+goes last and is the commit mark: a file that no manifest lists does not exist.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from artifacts_schema import keys
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import EmbeddingsManifest, File, ImagesManifest, LatentsItem, LatentsManifest, Manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
+READ_BYTES = 1 << 20
+SCHEMAS: tuple[type[Manifest], ...] = (EmbeddingsManifest, LatentsManifest, ImagesManifest)
+MADE_BY = {"embeddings": "encode", "latents": "denoise", "images": "decode"}
+
+M = TypeVar("M", bound=Manifest)
+
+
+def publish(directory: Path, name: str, write: Callable[[Path], object]) -> tuple[File, ...]:
+    """Publishes `directory/name`, a file or a directory that `write(temporary_path)` makes. Returns what it holds."""
+    # the suffix stays, because writers look at it
+    temporary = directory / f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{name}"
+    target = directory / name
+    try:
+        write(temporary)
+        files = _describe(temporary, name)
+        for path in _tree(temporary):
+            _sync(path)
+        if target.is_dir():  # left by a crash before its manifest was written; a rename cannot replace it
+            aside = temporary.with_name(temporary.name + ".old")
+            target.rename(aside)
+            temporary.rename(target)
+            shutil.rmtree(aside)
+        else:
+            temporary.replace(target)
+        _sync(directory)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+    return files
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    publish(directory, MANIFEST, lambda path: path.write_bytes(data))
+
+
+def find(path: Path, kind: type[Manifest]) -> Path:
+    """The artifact's own directory, from it or from the run that holds it."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; give a run directory or its {kind.kind}/")
+    for directory in (path, path / kind.kind):
+        if (directory / MANIFEST).exists():
+            return directory
+    raise UserError(f"{path} holds no {kind.kind}; make them with `qwen-stage {MADE_BY[kind.kind]}`")
+
+
+def read_manifest(directory: Path, kind: type[M]) -> tuple[M, str]:
+    """The manifest of an artifact, and its id (the hash of its bytes)."""
+    path = directory / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise UserError(f"{path} is larger than any manifest may be; it is not one of ours")
+        data = path.read_bytes()
+        manifest = msgspec.json.decode(data, type=kind)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    # bad UTF-8 and deep nesting escape msgspec's own exception
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(_why_not(path, data, kind, error)) from None
+    return manifest, keys.sha256(data)
+
+
+def read_manifest_if_any(directory: Path, kind: type[M]) -> M | None:
+    return read_manifest(directory, kind)[0] if (directory / MANIFEST).exists() else None
+
+
+def verify(directory: Path, files: tuple[File, ...]) -> None:
+    """Raises unless every file is a regular file inside the directory, with the size and content the manifest says."""
+    for file in files:
+        path = directory / file.path
+        parts = Path(file.path).parts
+        if not parts or Path(file.path).is_absolute() or ".." in parts:
+            raise UserError(f"{directory / MANIFEST} lists {file.path!r}, which leaves the directory; do not trust it")
+        try:
+            if any((directory / Path(*parts[:i])).is_symlink() for i in range(1, len(parts) + 1)):
+                raise UserError(f"{path} is a symbolic link, which artifacts never hold; do not trust it")
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode) or info.st_size != file.size:
+                raise UserError(f"{path} is not the file of {file.size} bytes that its manifest lists; {_again(path)}")
+            if _sha256(path) != file.sha256:
+                raise UserError(f"{path} is damaged (its content is not what was written); {_again(path)}")
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; {_again(path)}") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+
+
+def same_files(directory: Path, files: tuple[File, ...]) -> bool:
+    """Whether everything listed is there and whole."""
+    try:
+        verify(directory, files)
+    except UserError:
+        return False
+    return True
+
+
+def write_latents(path: Path, latents: "np.ndarray") -> None:
+    """Writes one picture's latents as a zarr array of a single checksummed chunk."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    array = zarr.create_array(
+        store=path,
+        shape=latents.shape,
+        chunks=latents.shape,
+        dtype="float32",
+        filters=None,
+        compressors=[Crc32cCodec()],  # compression would save 8%
+        fill_value=float("nan"),  # an absent chunk must not pass for latents
+        config={"write_empty_chunks": True},
+    )
+    array[...] = latents
+
+
+def read_latents(directory: Path, item: LatentsItem) -> "np.ndarray":
+    """The latents [C, h, w] of an item, float32: verified against the manifest, and finite."""
+    import numpy as np
+    import zarr
+
+    path = directory / item.directory
+    verify(directory, item.files)
+    try:
+        array = zarr.open_array(store=path, mode="r")
+        if array.shape != item.shape or array.dtype != np.float32:
+            raise UserError(f"{path} has another shape or type than its manifest says; {_again(path)}")
+        latents = np.asarray(array[...])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_again(path)}") from None
+    if not np.isfinite(latents).all():
+        raise UserError(f"{path} holds NaN or infinite numbers; {_again(path)}")
+    return latents
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory for results, or says why it cannot hold any."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} is a file; choose another --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {path}: permission denied; choose another --out")
+
+
+def next_run(parent: Path) -> Path:
+    """Makes the next free `run<N>` directory; two processes never get the same."""
+    taken = [int(path.name[3:]) for path in parent.glob("run*") if path.name[3:].isdecimal()]
+    number = max(taken, default=0) + 1
+    while True:
+        try:
+            path = parent / f"run{number}"
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"cannot make a run directory in {parent}: {error.strerror}; choose --out") from None
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """One writer an artifact. The lock goes with the process, however that ends."""
+    with (directory / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another qwen-stage is writing to {directory}; wait for it or choose --out") from None
+        yield
+
+
+def _describe(temporary: Path, name: str) -> tuple[File, ...]:
+    paths = sorted(path for path in _tree(temporary) if path.is_file())
+    return tuple(
+        File(path=(Path(name) / path.relative_to(temporary)).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
+        for path in paths
+    )
+
+
+def _tree(path: Path) -> list[Path]:
+    """A path and everything under it, children first."""
+    return [*reversed(list(path.rglob("*"))), path] if path.is_dir() else [path]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: plain fsync leaves the data in the drive's cache
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _again(path: Path) -> str:
+    return f"delete it and run `qwen-stage {MADE_BY.get(path.parent.name, 'denoise')}` again"
+
+
+def _why_not(path: Path, data: bytes, kind: type[Manifest], error: Exception) -> str:
+    """One line for a manifest that cannot be read: another kind, a newer version, or damage."""
+    try:
+        schema = str(msgspec.json.decode(data)["schema"])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
+        return f"{path} is damaged: not a manifest of ours"
+    wanted = str(kind.__struct_config__.tag)
+    name, _, version = schema.rpartition("/")
+    if name == wanted.rpartition("/")[0] and version.isdecimal() and schema != wanted:
+        return f"{path} was written by a newer qwen-stage ({schema}); upgrade qwen-stage"
+    other = next((each.kind for each in SCHEMAS if each.__struct_config__.tag == schema), None)
+    if other and schema != wanted:
+        return f"{path.parent} holds {other}, not {kind.kind}"
+    return f"{path} is damaged: {error}"

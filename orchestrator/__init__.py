@@ -1,0 +1,1 @@
+"""Top floor: the command line and the processes. Never imports mlx, numpy or zarr."""

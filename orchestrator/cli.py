@@ -1,0 +1,254 @@
+"""The `qwen-stage` command. Thin: each sub-command imports what it needs inside itself."""
+
+import argparse
+import signal
+import sys
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from artifacts_schema.errors import UserError
+
+if TYPE_CHECKING:
+    from artifacts_schema.manifests import Settings
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = args.command(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _fail(str(error), args.debug)
+    except OSError as error:  # disk full, no permission: the environment's fault, not a bug
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", args.debug)
+    except KeyboardInterrupt:
+        print("qwen-stage: interrupted; what was finished is kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    print(f"qwen-stage: error: {line}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _notice(line: str) -> None:
+    print(f"qwen-stage: {line}", file=sys.stderr, flush=True)
+
+
+def _created_by() -> str:
+    return f"qwen-stage {version('qwen-stage')}"
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from artifacts_schema.prompts import parse_prompts
+    from orchestrator.progress import Bar
+    from stages.checkpoint import open_checkpoint
+    from stages.encode import encode
+
+    data, format, source = _read_prompts(args.prompts, args.format)
+    prompts = parse_prompts(data, format, source)
+    checkpoint = open_checkpoint(args.model)
+    _announce(args.model)
+    run = encode(
+        prompts,
+        checkpoint,
+        args.out,
+        negative_prompt=args.negative_prompt,
+        dtype=args.dtype,
+        truncate=args.truncate,
+        report=Bar(),
+        created_by=_created_by(),
+    )
+    print(run)
+    return EXIT_DONE
+
+
+def _denoise(args: argparse.Namespace) -> int:
+    from orchestrator.progress import Bar
+    from stages.denoise import denoise
+
+    directory, failures = denoise(
+        args.embeddings,
+        args.model,
+        args.out,
+        _settings(args),
+        batch=args.batch,
+        batch_guidance=args.batch_guidance,
+        noise=args.noise,
+        dtype=args.dtype,
+        report=Bar(),
+        notice=_notice,
+        created_by=_created_by(),
+    )
+    for failure in failures:
+        _notice(f"failed: {failure}")
+    print(directory)
+    return EXIT_SOME_FAILED if failures else EXIT_DONE
+
+
+def _decode(args: argparse.Namespace) -> int:
+    from orchestrator.progress import Bar
+    from stages.decode import decode
+
+    pictures = decode(
+        args.latents,
+        args.model,
+        args.out,
+        dtype=args.dtype,
+        report=Bar(),
+        notice=_notice,
+        created_by=_created_by(),
+    )
+    for picture in pictures:
+        print(picture)
+    return EXIT_DONE
+
+
+def _run(args: argparse.Namespace) -> int:
+    """encode, denoise, decode, each as a process. Settings travel with the prompts, as in a prompt file."""
+    from artifacts_schema.prompts import Entry, to_jsonl
+    from orchestrator.run import stage
+
+    settings = _settings(args)
+    size = None if settings.width is None else f"{settings.width}x{settings.height}"
+    entries = [
+        Entry(
+            prompt=prompt,
+            seeds=None if settings.seeds is None else list(settings.seeds),
+            size=size,
+            steps=settings.num_inference_steps,
+            cfg=settings.true_cfg_scale,
+        )
+        for prompt in args.prompts
+    ]
+    model = _option("--model", args.model)
+    dtype = _option("--dtype", args.dtype)
+    encoding = [*model, *dtype, *_option("--out", args.out), *_option("--negative-prompt", args.negative_prompt)]
+    encoding += ["--truncate"] if args.truncate else []
+    code, lines = stage("encode", "-", "--format=jsonl", *encoding, stdin=to_jsonl(entries))
+    if code:
+        return code
+    run = lines[-1]
+    denoising = [*model, *dtype, f"--batch={args.batch}", *_option("--noise", args.noise)]
+    denoising += ["--batch-guidance"] if args.batch_guidance else []
+    denoised, _ = stage("denoise", f"--embeddings={run}", *denoising)
+    if denoised not in (EXIT_DONE, EXIT_SOME_FAILED):
+        return denoised
+    decoded, pictures = stage("decode", run, *model, *dtype)
+    for picture in pictures:
+        print(picture)
+    return decoded or denoised
+
+
+def _option(name: str, value: object) -> list[str]:
+    return [] if value is None else [f"{name}={value}"]
+
+
+def _read_prompts(path: str, format: str | None) -> tuple[bytes, str, str]:
+    """The bytes of a prompt file or standard input, their format, and the name for errors."""
+    from artifacts_schema.prompts import FORMATS
+
+    if path == "-":
+        return sys.stdin.buffer.read(), format or "txt", "standard input"
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    try:
+        return Path(path).read_bytes(), format or (suffix if suffix in FORMATS else "txt"), path
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory; give a prompt file (.txt, .toml or .jsonl)") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a prompt file, or - for standard input") from None
+
+
+def _announce(model: str | None) -> None:
+    from stages.checkpoint import REAL_MODEL_HINT
+
+    if model is None:
+        _notice(f"using the built-in demo model, which knows only flat-coloured shapes; {REAL_MODEL_HINT}")
+
+
+def _settings(args: argparse.Namespace) -> "Settings":
+    from artifacts_schema.manifests import Settings
+    from artifacts_schema.prompts import check_settings, parse_size
+
+    width, height = parse_size(args.size) if args.size else (None, None)
+    return check_settings(
+        Settings(
+            seeds=tuple(args.seed) if args.seed else None,
+            width=width,
+            height=height,
+            num_inference_steps=args.steps,
+            true_cfg_scale=args.cfg,
+        )
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    model_help = "directory of a Qwen-Image checkpoint, or its name in the Hugging Face cache"
+    add("--model", metavar="M", help=f"{model_help}; default: that of the stage before, or the built-in demo")
+    add("--out", type=Path, metavar="DIR", help="run directory to write into")
+    dtype_help = "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs and for decode"
+    add("--dtype", choices=("float32", "bfloat16"), help=dtype_help)
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+    encoding = argparse.ArgumentParser(add_help=False)
+    add = encoding.add_argument
+    add("--negative-prompt", metavar="TEXT", help="for prompts that bring none; default: a space")
+    add("--truncate", action="store_true", help="cut prompts off at 1024 tokens")
+
+    denoising = argparse.ArgumentParser(add_help=False)
+    add = denoising.add_argument
+    add("--seed", type=int, nargs="+", metavar="N", help="one picture for each; default: 42")
+    add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
+    add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
+    cfg_help = "guidance; 1 or less turns it off and halves the time; default: the model's own, or 4.0"
+    add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
+    add("--batch", type=_positive, default=1, metavar="N", help="pictures in one pass; default: 1")
+    add("--batch-guidance", action="store_true", help="prompt and negative prompt in one pass")
+    noise_help = "start from this noise, not from seeds: safetensors, one float32 tensor `noise` [items, C, H/8, W/8]"
+    add("--noise", type=Path, metavar="FILE", help=noise_help)
+
+    about = "Text to image with Qwen-Image on MLX, in three processes that exchange files: encode, denoise, decode."
+    parser = argparse.ArgumentParser(prog="qwen-stage", description=about)
+    parser.add_argument("--version", action="version", version=_created_by())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", parents=[common, encoding, denoising], help="prompts to pictures, all stages")
+    run.add_argument("prompts", nargs="+", metavar="PROMPT")
+    run.set_defaults(command=_run)
+
+    encode = commands.add_parser("encode", parents=[common, encoding], help="prompts to embeddings")
+    encode.add_argument("prompts", metavar="FILE", help=".txt (a prompt a line), .toml, .jsonl; - is standard input")
+    encode.add_argument("--format", choices=("txt", "toml", "jsonl"), help="default: by the file's name")
+    encode.set_defaults(command=_encode)
+
+    denoise = commands.add_parser("denoise", parents=[common, denoising], help="embeddings to latents")
+    denoise.add_argument("--embeddings", type=Path, required=True, metavar="DIR", help="a run or its embeddings/")
+    denoise.set_defaults(command=_denoise)
+
+    decode = commands.add_parser("decode", parents=[common], help="latents to PNG")
+    decode.add_argument("latents", type=Path, metavar="DIR", help="a run or its latents/")
+    decode.set_defaults(command=_decode)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

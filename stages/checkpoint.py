@@ -1,0 +1,215 @@
+"""A model's name -> its directory -> the configs and the strictly checked, lazily read weights of each component.
+
+The layout is that of `Qwen/Qwen-Image`: `model_index.json`, `scheduler/ text_encoder/ tokenizer/ transformer/ vae/`.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from artifacts_schema import keys, manifests
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import Settings
+from artifacts_schema.prompts import parse_size
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+DEMO = "demo"
+DEMO_DIRECTORY = Path(__file__).parent / "tiny"
+COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+WEIGHTS_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+SHOWN_NAMES = 3  # of tensors, in an error
+REAL_MODEL_HINT = "choose a real one with --model, for example --model Qwen/Qwen-Image-2512"
+# what Qwen-Image's own examples use
+DEFAULTS = Settings(seeds=(42,), width=1024, height=1024, num_inference_steps=50, true_cfg_scale=4.0)
+
+T = TypeVar("T")
+
+
+class OwnDefaults(msgspec.Struct):
+    """The optional `qwen-stage.json` of a checkpoint: what to use where a prompt and the command line are silent."""
+
+    about: str = ""
+    size: str | None = None
+    steps: int | None = None
+    cfg: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    name: str  # as manifests record it: the demo's name or an absolute path
+    directory: Path
+
+    def component(self, name: str) -> Path:
+        path = self.directory / name
+        if not path.is_dir():
+            raise UserError(f"{self.directory} has no {name}/; download the whole model or choose another --model")
+        return path
+
+    def config(self, component: str, kind: type[T], file: str = "config.json") -> T:
+        """A component's config as the dataclass its model wants; unknown fields are the checkpoint's own business."""
+        path = self.component(component) / file
+        try:
+            fields = json.loads(path.read_bytes())
+            spellings = getattr(kind, "fields_of", dict)  # a model that knows several spellings brings them to one
+            return msgspec.convert(spellings(fields), type=kind)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; download the model again") from None
+        except (ValueError, msgspec.ValidationError) as error:  # JSON errors are ValueErrors
+            raise UserError(f"{path}: {error}") from None
+
+    def fingerprint(self, component: str) -> str:
+        suffixes = (".json", ".txt") if component == "tokenizer" else (".json", WEIGHTS_SUFFIX)
+        directory = self.component(component)
+        return keys.fingerprint([path for path in directory.iterdir() if path.suffix in suffixes and path.is_file()])
+
+    @cached_property
+    def model(self) -> manifests.Model:
+        """How manifests name this checkpoint. A component that is not there has no fingerprint."""
+        present = [name for name in COMPONENTS if (self.directory / name).is_dir()]
+        return manifests.Model(name=self.name, fingerprints={name: self.fingerprint(name) for name in present})
+
+    @cached_property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, from the VAE's config alone; 8, as in every Qwen-Image, where that is not here."""
+        path = self.directory / "vae" / "config.json"
+        return 2 ** len(json.loads(path.read_bytes())["temperal_downsample"]) if path.exists() else 8
+
+    @cached_property
+    def defaults(self) -> Settings:
+        path = self.directory / "qwen-stage.json"
+        if not path.exists():
+            return DEFAULTS
+        own = msgspec.json.decode(path.read_bytes(), type=OwnDefaults)
+        width, height = parse_size(own.size) if own.size else (DEFAULTS.width, DEFAULTS.height)
+        return Settings(
+            seeds=DEFAULTS.seeds,
+            width=width,
+            height=height,
+            num_inference_steps=own.steps or DEFAULTS.num_inference_steps,
+            true_cfg_scale=DEFAULTS.true_cfg_scale if own.cfg is None else own.cfg,
+        )
+
+    def check_size(self, width: int, height: int) -> None:
+        unit = 2 * self.vae_scale_factor  # a token is 2x2 latents
+        if width % unit or height % unit:
+            near = "x".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
+            raise UserError(f"size {width}x{height} is not a multiple of {unit} both ways; the nearest is {near}")
+
+    def check_made_with(self, made_with: manifests.Model, components: tuple[str, ...], what: str) -> None:
+        """Raises when an artifact comes from other weights than these."""
+        for component in components:
+            if made_with.fingerprints.get(component) != self.model.fingerprints.get(component):
+                raise UserError(
+                    f"{what} made with another {component} ({made_with.name}) than that of {self.name}; "
+                    f"make them again with --model {self.name}, or choose their model with --model"
+                )
+
+
+def open_checkpoint(model: str | None) -> Checkpoint:
+    """A directory, a model in the Hugging Face cache, or the built-in demo when no model is named."""
+    if model is None or model == DEMO:
+        return Checkpoint(DEMO, DEMO_DIRECTORY)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        directory = path.resolve()
+    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        directory = _in_hub_cache(model)
+    else:
+        raise UserError(f"unknown model {model!r}: no such directory; give the directory of a Qwen-Image checkpoint")
+    if not (directory / "model_index.json").exists() and not any((directory / name).is_dir() for name in COMPONENTS):
+        raise UserError(f"{directory} is not a Qwen-Image checkpoint: it has no model_index.json and no transformer/")
+    return Checkpoint(str(directory), directory)
+
+
+def _in_hub_cache(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise UserError(
+            f"unknown model {repository!r}: not a directory and not in the Hugging Face cache; "
+            f"download it with `hf download {repository}`"
+        ) from None
+
+
+def load_weights(model: "nn.Module", directory: Path, dtype: "mx.Dtype") -> None:
+    """Gives a model its weights, lazily and in `dtype`. A missing, extra or mis-shaped tensor is an error naming it."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    weights: dict[str, Any] = {}
+    for path in _weight_files(directory):
+        try:
+            weights.update(mx.load(str(path)))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    weights = model.sanitize(weights)
+    wanted = dict(tree_flatten(model.parameters()))
+    if missing := sorted(wanted.keys() - weights.keys()):
+        raise UserError(f"{directory} lacks the tensors {_names(missing)}; download the model again")
+    if extra := sorted(weights.keys() - wanted.keys()):
+        raise UserError(f"{directory} holds tensors its config.json does not account for: {_names(extra)}")
+    for name, weight in weights.items():
+        if weight.shape != wanted[name].shape:
+            raise UserError(
+                f"{directory}: tensor {name} has the wrong shape: {weight.shape} where config.json asks for "
+                f"{wanted[name].shape}"
+            )
+    model.load_weights([(name, weight.astype(dtype)) for name, weight in weights.items()])
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The shards an index names, or the single weight file; each checked to be complete."""
+    from safetensors import SafetensorError, safe_open
+
+    indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) == 1:
+        try:
+            weight_map = json.loads(indexes[0].read_bytes())["weight_map"]
+            expected = {directory / shard for shard in weight_map.values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{indexes[0]} is damaged; download the model again") from None
+    else:
+        weight_map = {}
+        expected = set(directory.glob(f"*{WEIGHTS_SUFFIX}"))
+        if len(expected) != 1 or indexes:
+            raise UserError(f"{directory} must hold one {WEIGHTS_SUFFIX} file, or several with one index file")
+    for path in sorted(expected):
+        if not path.exists():
+            raise UserError(f"{path} is missing; download the model again")
+        try:
+            with safe_open(path, framework="numpy") as file:  # reads the header and checks the file's length
+                names = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or cut short ({error}); download the model again") from None
+        if absent := sorted(name for name, shard in weight_map.items() if shard == path.name and name not in names):
+            raise UserError(f"{path} lacks the tensors {_names(absent)} that the index promises; download it again")
+    return sorted(expected)
+
+
+def _names(names: list[str]) -> str:
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def compute_dtype(name: str | None) -> "mx.Dtype":
+    """The dtype to compute in: bfloat16 on GPUs, float32 on CPUs, where bfloat16 is many times slower."""
+    import mlx.core as mx
+
+    if name is None:
+        return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+    return {"bfloat16": mx.bfloat16, "float32": mx.float32}[name]
+
+
+def dtype_name(dtype: "mx.Dtype") -> str:
+    return str(dtype).removeprefix("mlx.core.")

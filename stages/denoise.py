@@ -1,0 +1,341 @@
+"""prompt_embeds -> latents: the second stage. Guidance, seeds, batching, and the Euler loop."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from artifacts_schema import keys, store
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import (
+    Cost,
+    Embedding,
+    EmbeddingsManifest,
+    File,
+    LatentsItem,
+    LatentsManifest,
+    PromptItem,
+    Settings,
+)
+from artifacts_schema.prompts import check_settings
+from stages.checkpoint import Checkpoint, compute_dtype, dtype_name, load_weights, open_checkpoint
+from stages.measure import Stopwatch
+from stages.scheduler import SchedulerConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import numpy as np
+
+    from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
+
+CODE_VERSION = 1  # raised whenever the same inputs would give other latents
+
+Report = Callable[[str, int, int], None]
+
+
+class Resolved(NamedTuple):
+    """Settings with nothing left open."""
+
+    seeds: tuple[int, ...]
+    width: int
+    height: int
+    steps: int
+    cfg: float
+
+    @property
+    def guided(self) -> bool:
+        return self.cfg > 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make: a prompt, a seed or injected noise, and its settings."""
+
+    item: PromptItem
+    settings: Resolved
+    seed: int | None
+    noise: "mx.array | None"
+    noise_sha256: str | None
+    shape: tuple[int, int, int]  # of the latents, [C, h, w]
+    key: str
+
+
+def denoise(
+    embeddings: Path,
+    model: str | None,
+    out: Path | None,
+    overrides: Settings,
+    *,
+    batch: int = 1,
+    batch_guidance: bool = False,
+    noise: Path | None = None,
+    dtype: str | None = None,
+    report: Report,
+    notice: Callable[[str], None],
+    created_by: str,
+) -> tuple[Path, list[str]]:
+    """Denoises every prompt and seed of an embeddings artifact that is not there yet.
+
+    `overrides` come before the prompts' own settings, those before the checkpoint's defaults. Finished pictures are
+    published one batch at a time and never lost. Returns the latents directory and what failed, a line each.
+    """
+    import numpy as np
+
+    from stages.models.transformer import TransformerConfig
+
+    source = store.find(embeddings, EmbeddingsManifest)
+    manifest, manifest_id = store.read_manifest(source, EmbeddingsManifest)
+    checkpoint = open_checkpoint(model or manifest.model.name)
+    checkpoint.check_made_with(manifest.model, ("tokenizer", "text_encoder"), f"the embeddings in {source} were")
+    config = checkpoint.config("transformer", TransformerConfig)
+    schedule = checkpoint.config("scheduler", SchedulerConfig, "scheduler_config.json")
+    compute = compute_dtype(dtype)
+    jobs = _jobs(manifest, checkpoint, config, check_settings(overrides), noise, dtype_name(compute))
+
+    directory = (out or source.parent) / LatentsManifest.kind
+    store.make_directory(directory)
+    with store.exclusive(directory):
+        latents = store.read_manifest_if_any(directory, LatentsManifest)
+        if latents is None:
+            latents = LatentsManifest(created_by=created_by, model=checkpoint.model, items=())
+        checkpoint.check_made_with(latents.model, ("transformer",), f"the latents already in {directory} were")
+        done = {item.key: item for item in latents.items}
+        todo = [job for job in jobs if job.key not in done or not store.same_files(directory, done[job.key].files)]
+        if len(todo) < len(jobs):
+            notice(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are denoised already")
+        if not todo:
+            return directory, []
+        prompts = _load_embeddings(source, manifest, todo, config)
+        transformer = _load_transformer(checkpoint, config, compute)
+        inputs = tuple(dict.fromkeys((*latents.inputs, manifest_id)))
+        failures, begun = [], 0
+        for group in _batches(todo, batch):
+            watch = Stopwatch()
+            begun += len(group)
+            label = f"denoise {begun}/{len(todo)}"
+            results = _denoise_batch(
+                transformer, schedule, group, prompts, compute, batch_guidance, partial(report, label)
+            )
+            cost = msgspec.structs.replace(watch.cost(), seconds=round(watch.cost().seconds / len(group), 3))
+            for job, result in zip(group, results, strict=True):
+                if not np.isfinite(result).all():
+                    failures.append(f"{job.item.prompt!r}, seed {job.seed}: the latents became NaN or infinite")
+                    continue
+                files = store.publish(directory, f"{job.key}.zarr", partial(store.write_latents, latents=result))
+                done[job.key] = _latents_item(job, files, cost, dtype_name(compute))
+            # after every batch, so that an interruption loses no finished picture
+            latents = LatentsManifest(
+                created_by=created_by, model=checkpoint.model, inputs=inputs, items=tuple(done.values())
+            )
+            store.write_manifest(directory, latents)
+    return directory, failures
+
+
+def _jobs(
+    manifest: EmbeddingsManifest,
+    checkpoint: Checkpoint,
+    config: "TransformerConfig",
+    overrides: Settings,
+    noise: Path | None,
+    dtype: str,
+) -> list[Job]:
+    settings = [_resolve(overrides, item.settings, checkpoint.defaults) for item in manifest.items]
+    wanted = [(item, own, seed) for item, own in zip(manifest.items, settings, strict=True) for seed in own.seeds]
+    injected = _load_noise(noise, len(wanted)) if noise else None
+    tokens = {embedding.key: embedding.tokens for embedding in manifest.embeddings}
+    factor = checkpoint.vae_scale_factor
+    jobs = []
+    for index, (item, own, seed) in enumerate(wanted):
+        _check_size(own, max(tokens[item.prompt_key], tokens[item.negative_key]), checkpoint)
+        shape = (config.in_channels // 4, own.height // factor, own.width // factor)
+        array = injected[index] if injected else None
+        if array is not None and array.shape != shape:
+            raise UserError(f"--noise {noise} gives {array.shape} where {item.prompt!r} needs {shape}")
+        noise_sha256 = None if array is None else keys.sha256(memoryview(array))
+        determined_by = {
+            "prompt_embeds": item.prompt_key,
+            "negative": item.negative_key if own.guided else None,
+            "noise": noise_sha256 or seed,
+            "size": [own.width, own.height],
+            "steps": own.steps,
+            "cfg": own.cfg if own.guided else 1.0,
+            "transformer": checkpoint.model.fingerprints.get("transformer"),
+            "scheduler": checkpoint.model.fingerprints.get("scheduler"),
+            "dtype": dtype,
+            "code": CODE_VERSION,
+        }
+        key = keys.key(determined_by)
+        jobs.append(Job(item, own, None if noise_sha256 else seed, array, noise_sha256, shape, key))
+    return list({job.key: job for job in jobs}.values())  # a prompt written twice is one picture
+
+
+def _resolve(*layers: Settings) -> Resolved:
+    """The first layer that says something wins, field by field; width and height go together."""
+
+    def first(field: str) -> Any:
+        return next(value for layer in layers if (value := getattr(layer, field)) is not None)
+
+    return Resolved(
+        first("seeds"), first("width"), first("height"), first("num_inference_steps"), first("true_cfg_scale")
+    )
+
+
+def _check_size(settings: Resolved, tokens: int, checkpoint: Checkpoint) -> None:
+    from stages.models.transformer import ROPE_POSITIONS, text_start
+
+    width, height = settings.width, settings.height
+    checkpoint.check_size(width, height)
+    unit = 2 * checkpoint.vae_scale_factor
+    if text_start(height // unit, width // unit) + tokens > ROPE_POSITIONS:
+        largest = 2 * (ROPE_POSITIONS - tokens) * unit
+        raise UserError(f"size {width}x{height} is beyond the model's {ROPE_POSITIONS} positions; at most {largest}")
+
+
+def _load_noise(path: Path, count: int) -> "list[mx.array]":
+    """The rows of `noise` [items, C, h, w], float32, in the order of the manifest's prompts and their seeds."""
+    import mlx.core as mx
+
+    try:
+        tensors = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--noise {path}: not a readable safetensors file ({error})") from None
+    if set(tensors) != {"noise"}:
+        raise UserError(f"--noise {path} must hold one tensor named noise, not {', '.join(sorted(tensors)) or 'none'}")
+    noise = tensors["noise"]
+    if noise.dtype != mx.float32 or noise.ndim != 4 or noise.shape[0] != count:
+        raise UserError(f"--noise {path} must be float32 [{count}, C, H/8, W/8], not {noise.dtype} {noise.shape}")
+    if not mx.isfinite(noise).all().item():
+        raise UserError(f"--noise {path} holds NaN or infinite numbers")
+    return list(noise)
+
+
+def _load_embeddings(
+    source: Path, manifest: EmbeddingsManifest, jobs: list[Job], config: "TransformerConfig"
+) -> "dict[str, mx.array]":
+    """prompt_embeds [tokens, dim] by key: verified, finite, and as wide as the transformer wants them."""
+    import mlx.core as mx
+
+    listed: dict[str, Embedding] = {embedding.key: embedding for embedding in manifest.embeddings}
+    prompts = {}
+    for key in {key for job in jobs for key in (job.item.prompt_key, job.item.negative_key)}:
+        embedding = listed[key]
+        path = source / embedding.file.path
+        store.verify(source, (embedding.file,))
+        try:
+            prompt_embeds = mx.load(str(path))["prompt_embeds"]
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}); run `qwen-stage encode` again") from None
+        if prompt_embeds.shape != (embedding.tokens, embedding.dim):
+            raise UserError(f"{path} has another shape than its manifest says; run `qwen-stage encode` again")
+        if embedding.dim != config.joint_attention_dim:
+            raise UserError(f"{path} is {embedding.dim} wide, the transformer wants {config.joint_attention_dim}")
+        if not mx.isfinite(prompt_embeds).all().item():
+            raise UserError(f"{path} holds NaN or infinite numbers; run `qwen-stage encode` again")
+        prompts[key] = prompt_embeds
+    return prompts
+
+
+def _load_transformer(
+    checkpoint: Checkpoint, config: "TransformerConfig", compute: "mx.Dtype"
+) -> "QwenImageTransformer2DModel":
+    from stages.models.transformer import QwenImageTransformer2DModel
+
+    transformer = QwenImageTransformer2DModel(config)
+    load_weights(transformer, checkpoint.component("transformer"), compute)
+    return transformer
+
+
+def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
+    """Pictures that can share a pass: neighbours of one size, number of steps and guidance."""
+    for _, group in groupby(jobs, key=lambda job: job.settings._replace(seeds=())):
+        members = list(group)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+def _denoise_batch(
+    transformer: "QwenImageTransformer2DModel",
+    schedule: SchedulerConfig,
+    jobs: list[Job],
+    prompts: "dict[str, mx.array]",
+    compute: "mx.Dtype",
+    batch_guidance: bool,
+    step_done: Callable[[int, int], None],
+) -> "list[np.ndarray]":
+    """The final latents [C, h, w] of each job, float32. The jobs share size, steps and guidance."""
+    import mlx.core as mx
+    import numpy as np
+
+    from stages.models.transformer import pack_latents, unpack_latents
+
+    settings = jobs[0].settings
+    _, height, width = jobs[0].shape
+    noise = [
+        mx.random.normal(job.shape, mx.float32, key=mx.random.key(job.seed)) if job.noise is None else job.noise
+        for job in jobs
+    ]
+    latents = pack_latents(mx.stack(noise))
+    texts = [[prompts[job.item.prompt_key] for job in jobs]]
+    if settings.guided:
+        texts.append([prompts[job.item.negative_key] for job in jobs])
+    if batch_guidance:
+        texts = [[embeds for text in texts for embeds in text]]
+    passes = []
+    for text in texts:
+        txt_seq_lens = [embeds.shape[0] for embeds in text]
+        rotary = transformer.pos_embed(height // 2, width // 2, txt_seq_lens)
+        passes.append((mx.concatenate(text).astype(compute), txt_seq_lens, rotary))
+
+    steps = settings.steps
+    sigmas = schedule.sigmas(steps, latents.shape[1])
+    step_done(0, steps)
+    for i in range(steps):
+        timestep = mx.array(1000 * sigmas[i]).astype(compute) / 1000  # rounded where the reference rounds it
+        predictions = []
+        for encoder_hidden_states, txt_seq_lens, rotary in passes:
+            hidden_states = mx.concatenate([latents.astype(compute)] * (len(txt_seq_lens) // len(jobs)))
+            predictions.append(
+                transformer(hidden_states, encoder_hidden_states, txt_seq_lens, timestep, rotary).astype(mx.float32)
+            )
+        velocity = mx.concatenate(predictions)
+        if settings.guided:
+            positive, negative = velocity.split(2)
+            velocity = guided(positive, negative, settings.cfg)
+        latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
+        mx.eval(latents)
+        step_done(i + 1, steps)
+    return list(np.array(unpack_latents(latents, height, width)))
+
+
+def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) -> "mx.array":
+    """Classifier-free guidance, each token rescaled to the norm of its positive prediction. All [B, S, C] float32."""
+    import mlx.core as mx
+
+    combined = negative + true_cfg_scale * (positive - negative)
+    norm, wanted = (mx.linalg.norm(x, axis=-1, keepdims=True) for x in (combined, positive))
+    return combined * (wanted / mx.maximum(norm, mx.finfo(mx.float32).smallest_normal))
+
+
+def _latents_item(job: Job, files: tuple[File, ...], cost: Cost, dtype: str) -> LatentsItem:
+    return LatentsItem(
+        key=job.key,
+        prompt=job.item.prompt,
+        negative_prompt=job.item.negative_prompt,
+        prompt_key=job.item.prompt_key,
+        negative_key=job.item.negative_key if job.settings.guided else None,
+        name=job.item.name,
+        seed=job.seed,
+        noise_sha256=job.noise_sha256,
+        width=job.settings.width,
+        height=job.settings.height,
+        num_inference_steps=job.settings.steps,
+        true_cfg_scale=job.settings.cfg,
+        dtype=dtype,
+        shape=job.shape,
+        files=files,
+        cost=cost,
+    )
