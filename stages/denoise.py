@@ -317,7 +317,7 @@ def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) ->
 
     combined = negative + true_cfg_scale * (positive - negative)
     norm, wanted = (mx.linalg.norm(x, axis=-1, keepdims=True) for x in (combined, positive))
-    return combined * (wanted / mx.maximum(norm, mx.finfo(mx.float32).smallest_normal))
+    return combined * mx.where(norm > 0, wanted / norm, 0)
 
 
 def _latents_item(job: Job, files: tuple[File, ...], cost: Cost, dtype: str) -> LatentsItem:

@@ -1,0 +1,82 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import random_models
+from safetensors.numpy import load_file
+
+from orchestrator import cli
+
+GOLDEN = Path(__file__).parent / "golden"
+RANDOM_CASES = sorted(path.stem for path in GOLDEN.glob("*.json") if path.stem != "demo")
+
+
+class Golden(NamedTuple):
+    """A golden case: its settings, what the reference made of them, and the checkpoint."""
+
+    case: dict[str, Any]
+    expected: dict[str, np.ndarray]
+    checkpoint: Path
+
+
+class Result(NamedTuple):
+    code: int
+    out: list[str]
+    err: str
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory) -> Callable[[str], Golden]:
+    """golden(name): the checkpoint is written once a session."""
+    made: dict[str, Golden] = {}
+
+    def get(name: str) -> Golden:
+        if name not in made:
+            case = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+            checkpoint = random_models.TINY
+            if name != "demo":
+                target = tmp_path_factory.mktemp(name) / "model"
+                checkpoint = random_models.write_checkpoint(target, case["configs"], case["shapes"], case["seed"])
+            made[name] = Golden(case, load_file(GOLDEN / f"{name}.safetensors"), checkpoint)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def small_model(golden) -> Path:
+    """A random checkpoint for tests that only need one. Do not change it; copy it."""
+    return golden("square-static-shift-no-guidance").checkpoint
+
+
+@pytest.fixture
+def qwen_stage(capsys, monkeypatch, tmp_path) -> Callable[..., Result]:
+    """qwen_stage("encode", …): the command, run inside this process, in an empty current directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Result:
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out.splitlines(), captured.err)
+
+    return call
+
+
+@pytest.fixture
+def qwen_stage_process(tmp_path) -> Callable[..., Result]:
+    """The same as a process of its own."""
+
+    def call(*arguments: object, input: bytes = b"") -> Result:
+        command = [sys.executable, "-P", "-m", "orchestrator.cli", *map(str, arguments)]
+        done = subprocess.run(command, input=input, capture_output=True, cwd=tmp_path, timeout=300)
+        return Result(done.returncode, done.stdout.decode().splitlines(), done.stderr.decode())
+
+    return call

@@ -1,0 +1,204 @@
+"""The three stages together, on files: whole runs against golden pictures, and what must not change the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import random_models
+from conftest import RANDOM_CASES
+from parity import assert_close, assert_same_picture
+from PIL import Image
+from safetensors.numpy import save_file
+
+from artifacts_schema import store
+from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest
+
+
+def latents_of(run: Path) -> dict[tuple[str, int | None], np.ndarray]:
+    """A run's latents by prompt and seed."""
+    manifest, _ = store.read_manifest(run / "latents", LatentsManifest)
+    return {(item.prompt, item.seed): store.read_latents(run / "latents", item) for item in manifest.items}
+
+
+def write_prompts(path: Path, case: dict) -> None:
+    entries = zip(case["prompts"], case["negative_prompts"], strict=True)
+    path.write_text("".join(json.dumps({"prompt": p, "negative_prompt": n}) + "\n" for p, n in entries))
+
+
+@pytest.mark.parametrize("batching", [[], ["--batch=3"], ["--batch-guidance"], ["--batch=2", "--batch-guidance"]])
+@pytest.mark.parametrize("name", [*RANDOM_CASES, "demo"])
+def test_golden_pictures(qwen_stage, tmp_path, golden, name, batching):
+    """encode, denoise, decode give the reference's latents and pictures, however the passes are batched."""
+    case, expected, checkpoint = golden(name)
+    h, w = case["grid"]
+    factor = expected["pictures"].shape[1] // h
+    write_prompts(tmp_path / "prompts.jsonl", case)
+    save_file({"noise": random_models.noise(len(case["prompts"]), h, w, case["seed"])}, tmp_path / "noise.safetensors")
+    settings = [f"--size={w * factor}x{h * factor}", f"--steps={case['steps']}", f"--cfg={case['cfg']}"]
+    for command in (
+        ["encode", "prompts.jsonl", "--out=run", f"--model={checkpoint}", "--dtype=float32"],
+        ["denoise", "--embeddings=run", *settings, "--noise=noise.safetensors", "--dtype=float32", *batching],
+        ["decode", "run/latents", "--dtype=float32"],
+    ):
+        result = qwen_stage(*command)
+        assert result.code == 0, result.err
+    latents = latents_of(tmp_path / "run")
+    for i, prompt in enumerate(case["prompts"]):
+        assert_close(latents[prompt, None], expected["latents"][i], 1e-3 if name == "demo" else 1e-4)
+        assert_same_picture(np.array(Image.open(tmp_path / result.out[i])), expected["pictures"][i])
+
+
+def test_one_by_one_equals_run(qwen_stage_process, tmp_path, small_model):
+    """Byte-identical files from `run` and from the three commands, as real processes."""
+    arguments = [f"--model={small_model}"]
+    settings = ["--seed", "5", "6", "--size=48x32", "--steps=3"]
+    whole = qwen_stage_process("run", "a red circle", "zwei", *settings, "--out=whole", *arguments)
+    assert whole.code == 0, whole.err
+    assert len(whole.out) == 4
+    encoded = qwen_stage_process("encode", "-", "--out=steps", *arguments, input=b"a red circle\nzwei\n")
+    denoised = qwen_stage_process("denoise", f"--embeddings={encoded.out[-1]}", *settings)
+    decoded = qwen_stage_process("decode", denoised.out[-1])
+    assert decoded.code == 0, decoded.err
+    for ours, theirs in zip(whole.out, decoded.out, strict=True):
+        assert Path(ours).name == Path(theirs).name
+        assert (tmp_path / ours).read_bytes() == (tmp_path / theirs).read_bytes()
+
+
+def test_a_picture_does_not_depend_on_its_company(qwen_stage, tmp_path, small_model):
+    """The same seed and prompt alone, in a batch, and in another order."""
+    (tmp_path / "one.txt").write_text("the one\n")
+    (tmp_path / "many.txt").write_text("a much longer prompt that comes before it\nthe one\nshort\n")
+    settings = ["--size=32x64", "--steps=3"]
+    for name, seeds, batch in (("one", [3], 1), ("many", [9, 3], 4)):
+        qwen_stage("encode", f"{name}.txt", f"--out={name}", f"--model={small_model}")
+        result = qwen_stage("denoise", f"--embeddings={name}", "--seed", *seeds, *settings, f"--batch={batch}")
+        assert result.code == 0, result.err
+    alone, together = latents_of(tmp_path / "one"), latents_of(tmp_path / "many")
+    assert len(together) == 6
+    assert_close(together["the one", 3], alone["the one", 3], 1e-5)
+    assert np.abs(together["the one", 9] - alone["the one", 3]).max() > 0.1
+
+
+def test_prompts_bring_their_settings(qwen_stage, tmp_path, small_model):
+    """A prompt file's settings reach denoise; the command line comes before them, the model's defaults after."""
+    (tmp_path / "p.toml").write_text(
+        'steps = 2\nsize = "32x32"\n[[prompts]]\nprompt = "a"\nseeds = [1, 2]\nname = "first one"\n'
+        '[[prompts]]\nprompt = "b"\nseed = 7\nsize = "48x32"\ncfg = 1\nnegative_prompt = "n"\n'
+    )
+    qwen_stage("encode", "p.toml", "--out=run", f"--model={small_model}")
+    assert qwen_stage("denoise", "--embeddings=run").code == 0
+    manifest, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    made = [(i.prompt, i.seed, i.width, i.height, i.num_inference_steps, i.true_cfg_scale) for i in manifest.items]
+    assert made == [("a", 1, 32, 32, 2, 4.0), ("a", 2, 32, 32, 2, 4.0), ("b", 7, 48, 32, 2, 1.0)]
+    result = qwen_stage("denoise", "--embeddings=run", "--seed=5", "--num-inference-steps=1", "--true-cfg-scale=2")
+    assert result.code == 0
+    manifest, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    assert [(i.seed, i.num_inference_steps, i.true_cfg_scale) for i in manifest.items[3:]] == [(5, 1, 2.0)] * 2
+    pictures = qwen_stage("decode", "run").out
+    assert [Path(path).name for path in pictures[:3]] == [
+        "0001-first-one-s1.png",
+        "0002-first-one-s2.png",
+        "0003-b-s7.png",
+    ]
+
+
+def test_nothing_is_done_twice(qwen_stage, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a\nb\na\n")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    embeddings, _ = store.read_manifest(tmp_path / "run/embeddings", EmbeddingsManifest)
+    assert len(embeddings.items) == 3
+    assert len(embeddings.embeddings) == 3  # a, b and the negative prompt
+    denoise = ["denoise", "--embeddings=run", "--size=32x32", "--steps=1"]
+    assert qwen_stage(*denoise, "--seed=1").code == 0
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/latents").rglob("*") if path.is_file()}
+    again = qwen_stage(*denoise, "--seed=1")
+    assert "2 of 2 pictures are denoised already" in again.err
+    assert all(path.stat().st_mtime_ns == before for path, before in first.items())
+    more = qwen_stage(*denoise, "--seed", "1", "2")
+    assert "2 of 4" in more.err
+    assert len(qwen_stage("decode", "run").out) == 4
+    assert "4 of 4" in qwen_stage("decode", "run").err
+
+
+def test_damaged_latents_are_made_again(qwen_stage, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a\n")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    denoise = ["denoise", "--embeddings=run", "--size=32x32", "--steps=1"]
+    assert qwen_stage(*denoise).code == 0
+    before = latents_of(tmp_path / "run")["a", 42]
+    chunk = next((tmp_path / "run/latents").glob("*.zarr/c/0/0/0"))
+    chunk.write_bytes(b"damaged")
+    assert qwen_stage("decode", "run").code == 2
+    assert qwen_stage(*denoise).code == 0
+    assert np.array_equal(latents_of(tmp_path / "run")["a", 42], before)
+    assert qwen_stage("decode", "run").code == 0
+
+
+def test_guidance_of_one_or_less_never_looks_at_the_negative_prompt(qwen_stage, tmp_path, small_model):
+    for run, negative in (("one", "x"), ("two", "y")):
+        (tmp_path / "p.txt").write_text("a\n")
+        qwen_stage("encode", "p.txt", f"--out={run}", f"--model={small_model}", f"--negative-prompt={negative}")
+        qwen_stage("denoise", f"--embeddings={run}", "--size=32x32", "--steps=2", "--cfg=1")
+    one, two = (store.read_manifest(tmp_path / run / "latents", LatentsManifest)[0].items[0] for run in ("one", "two"))
+    assert one.key == two.key
+    assert one.negative_key is None
+
+
+def test_manifests_say_what_it_cost(qwen_stage, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a\n")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    qwen_stage("denoise", "--embeddings=run", "--size=32x32", "--steps=1")
+    qwen_stage("decode", "run")
+    embeddings, _ = store.read_manifest(tmp_path / "run/embeddings", EmbeddingsManifest)
+    latents, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    images, _ = store.read_manifest(tmp_path / "run/images", ImagesManifest)
+    for cost in (embeddings.cost, latents.items[0].cost, images.items[0].cost):
+        assert cost.seconds > 0
+        assert 10 << 20 < cost.process_peak < 8 << 30
+        assert 0 < cost.mlx_peak < 1 << 30
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_what_is_finished(tmp_path, qwen_stage, small_model, stop):
+    (tmp_path / "p.txt").write_text("a\n")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    settings = ["--embeddings=run", "--size=64x64", "--steps=20"]
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "denoise", *settings, "--seed", *map(str, range(500))]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    manifest = tmp_path / "run/latents/manifest.json"
+    while not manifest.exists() and child.poll() is None:
+        time.sleep(0.02)
+    os.kill(child.pid, stop)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"Traceback" not in err
+    kept = latents_of(tmp_path / "run")
+    assert 1 <= len(kept) < 500
+    assert [path for path in (tmp_path / "run").rglob(".tmp*")] == []
+    result = qwen_stage("denoise", *settings, "--seed", "0")
+    assert "1 of 1 pictures are denoised already" in result.err
+
+
+def test_the_parent_of_a_run_never_imports_mlx(tmp_path, small_model):
+    """The parent chains processes; the models live and die in its children."""
+    script = (
+        "import sys; from orchestrator.cli import main\n"
+        f"code = main(['run', 'a', '--model={small_model}', '--size=32x32', '--steps=1', '--out=run'])\n"
+        "heavy = {'mlx', 'numpy', 'zarr', 'safetensors', 'tokenizers', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_named_stages_does_not_stand_in_for_ours(qwen_stage_process, tmp_path, small_model):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/__init__.py").write_text("raise SystemExit('the wrong stages')")
+    result = qwen_stage_process("run", "a", f"--model={small_model}", "--size=32x32", "--steps=1")
+    assert result.code == 0, result.err

@@ -1,0 +1,222 @@
+"""Published files are whole, and whatever is read was checked."""
+
+import errno
+import os
+import re
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artifacts_schema import keys, store
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import Cost, File, ImagesManifest, LatentsItem, LatentsManifest, Model
+
+SHA = "0" * 64
+MODEL = Model(name="demo", fingerprints={"vae": SHA})
+
+
+def latents_item(latents: np.ndarray, files: tuple[File, ...], key: str = "a" * 32) -> LatentsItem:
+    return LatentsItem(
+        key=key,
+        prompt="p",
+        negative_prompt=" ",
+        prompt_key=key,
+        negative_key=None,
+        seed=1,
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        true_cfg_scale=1.0,
+        dtype="float32",
+        shape=latents.shape,
+        files=files,
+        cost=Cost(seconds=1.0, process_peak=1, mlx_peak=1),
+    )
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A latents directory with one item. Returns (directory, item, latents)."""
+    latents = np.random.default_rng(0).standard_normal((16, 8, 8)).astype(np.float32)
+    files = store.publish(tmp_path, f"{'a' * 32}.zarr", lambda path: store.write_latents(path, latents))
+    item = latents_item(latents, files)
+    store.write_manifest(tmp_path, LatentsManifest(created_by="test", model=MODEL, items=(item,)))
+    return tmp_path, item, latents
+
+
+def leftovers(directory) -> list[str]:
+    return [path.name for path in directory.rglob("*") if ".tmp" in path.name]
+
+
+def test_latents_round_trip(published):
+    directory, item, latents = published
+    assert np.array_equal(store.read_latents(directory, item), latents)
+    manifest, manifest_id = store.read_manifest(directory, LatentsManifest)
+    assert manifest.items == (item,)
+    assert manifest_id == keys.sha256((directory / "manifest.json").read_bytes())
+
+
+def test_publishing_replaces_what_a_crash_left(published):
+    directory, item, latents = published
+    (directory / item.directory / "c" / "0" / "0" / "0").write_bytes(b"half written")
+    files = store.publish(directory, item.directory, lambda path: store.write_latents(path, latents))
+    assert files == item.files
+    assert np.array_equal(store.read_latents(directory, item), latents)
+    assert leftovers(directory) == []
+
+
+@pytest.mark.parametrize("content", ["file", "directory"])
+def test_a_failed_write_leaves_nothing(tmp_path, content):
+    def write(path):
+        if content == "directory":
+            path.mkdir()
+            (path / "part").write_text("half")
+        else:
+            path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        store.publish(tmp_path, "x", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_flipped_bit_is_found(published):
+    directory, item, _ = published
+    random = np.random.default_rng(1)
+    for file in item.files:
+        path = directory / file.path
+        whole = path.read_bytes()
+        for position in random.integers(0, len(whole), 20):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << int(random.integers(8))
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"{re.escape(str(path))} is damaged"):
+                store.read_latents(directory, item)
+        path.write_bytes(whole)
+    store.read_latents(directory, item)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "symlink", "fifo", "directory"])
+def test_files_that_are_not_what_was_written(published, damage):
+    directory, item, _ = published
+    path = directory / item.files[0].path
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "short":
+        path.write_bytes(content[:-1])
+    elif damage == "symlink":
+        (directory / "elsewhere").write_bytes(content)
+        path.symlink_to(directory / "elsewhere")
+    elif damage == "fifo":
+        os.mkfifo(path)
+    elif damage == "directory":
+        path.mkdir()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        store.read_latents(directory, item)
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../outside", ""])
+def test_paths_that_leave_the_directory_are_refused(tmp_path, path):
+    with pytest.raises(UserError, match="leaves the directory"):
+        store.verify(tmp_path, (File(path=path, size=0, sha256=SHA),))
+
+
+def test_not_finite_latents_are_refused(tmp_path):
+    latents = np.full((16, 4, 4), np.nan, np.float32)
+    files = store.publish(tmp_path, f"{'a' * 32}.zarr", lambda path: store.write_latents(path, latents))
+    with pytest.raises(UserError, match="NaN"):
+        store.read_latents(tmp_path, latents_item(latents, files))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged"),
+        (b"{}", "damaged"),
+        (b"\xff\xfe", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b'{"schema": "qwen-stage/latents/2"}', "newer qwen-stage .*upgrade"),
+        (b'{"schema": "qwen-stage/images/1"}', "holds images, not latents"),
+        (b'{"schema": "qwen-stage/latents/1", "created_by": "x", "items": []}', "damaged: .*model"),
+    ],
+)
+def test_manifests_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        store.read_manifest(tmp_path, LatentsManifest)
+
+
+def test_unknown_fields_in_a_manifest_are_refused(published):
+    directory, _, _ = published
+    path = directory / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"created_by"', b'"surprise": 1, "created_by"', 1))
+    with pytest.raises(UserError, match="surprise"):
+        store.read_manifest(directory, LatentsManifest)
+
+
+def test_find_takes_a_run_or_the_artifact_itself(tmp_path):
+    directory = tmp_path / "run1" / "images"
+    directory.mkdir(parents=True)
+    store.write_manifest(directory, ImagesManifest(created_by="test", model=MODEL, items=()))
+    assert store.find(tmp_path / "run1", ImagesManifest) == store.find(directory, ImagesManifest) == directory
+    with pytest.raises(UserError, match="holds no latents; make them with `qwen-stage denoise`"):
+        store.find(tmp_path / "run1", LatentsManifest)
+    with pytest.raises(UserError, match="no such file"):
+        store.find(tmp_path / "run2", LatentsManifest)
+
+
+def test_next_run_counts_on(tmp_path):
+    (tmp_path / "run7").mkdir()
+    (tmp_path / "runabout").mkdir()
+    assert [store.next_run(tmp_path).name for _ in range(2)] == ["run8", "run9"]
+
+
+def test_one_writer_an_artifact(tmp_path):
+    with store.exclusive(tmp_path), pytest.raises(UserError, match="another qwen-stage"), store.exclusive(tmp_path):
+        pass
+    with store.exclusive(tmp_path):
+        pass
+
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), plain, min_size=1))
+def test_keys_do_not_depend_on_the_order_of_fields(fields):
+    backwards = dict(reversed(fields.items()))
+    assert keys.key(fields) == keys.key(backwards)
+    assert keys.key({**fields, "one more": 1}) != keys.key({**fields, "one more": 2})
+
+
+def test_fingerprints_see_every_sampled_block(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    blocks = 2 * keys.SAMPLE_BLOCKS
+    path.write_bytes(os.urandom(blocks * keys.SAMPLE_BLOCK_BYTES))
+    before = keys.fingerprint([path])
+    assert before == keys.fingerprint([path])
+    with path.open("r+b") as file:  # training changes all weights: one bit in each block stands for that
+        for block in range(blocks):
+            file.seek(block * keys.SAMPLE_BLOCK_BYTES + 12345)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    assert keys.fingerprint([path]) != before
+    path.rename(tmp_path / "other.safetensors")
+    assert keys.fingerprint([tmp_path / "other.safetensors"]) != before
+
+
+def test_manifests_survive_their_own_encoding(published):
+    directory, _, _ = published
+    manifest, _ = store.read_manifest(directory, LatentsManifest)
+    assert msgspec.json.decode(msgspec.json.encode(manifest), type=LatentsManifest) == manifest
