@@ -192,6 +192,15 @@ def _settings(args: argparse.Namespace) -> "Settings":
     )
 
 
+def _text(argument: str) -> str:
+    """Bytes that are not UTF-8 reach Python as lone surrogates, which no file could hold."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not UTF-8") from None
+    return argument
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -211,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
     encoding = argparse.ArgumentParser(add_help=False)
     add = encoding.add_argument
-    add("--negative-prompt", metavar="TEXT", help="for prompts that bring none; default: a space")
+    add("--negative-prompt", type=_text, metavar="TEXT", help="for prompts that bring none; default: a space")
     add("--truncate", action="store_true", help="cut prompts off at 1024 tokens")
 
     denoising = argparse.ArgumentParser(add_help=False)
@@ -232,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", parents=[common, encoding, denoising], help="prompts to pictures, all stages")
-    run.add_argument("prompts", nargs="+", metavar="PROMPT")
+    run.add_argument("prompts", nargs="+", type=_text, metavar="PROMPT")
     run.set_defaults(command=_run)
 
     encode = commands.add_parser("encode", parents=[common, encoding], help="prompts to embeddings")

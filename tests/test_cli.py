@@ -275,6 +275,13 @@ def test_bad_usage_exits_with_2(qwen_stage):
         assert qwen_stage(*arguments).code == 2
 
 
+def test_arguments_that_are_not_utf8(qwen_stage):
+    for arguments in (["run", "\udcff"], ["encode", "x.txt", "--negative-prompt=\udcff"]):
+        result = qwen_stage(*arguments)
+        assert result.code == 2
+        assert "not UTF-8" in result.err
+
+
 def test_debug_shows_the_traceback(qwen_stage):
     result = qwen_stage("encode", "nowhere.txt", "--debug")
     assert result.code == 2

@@ -185,6 +185,22 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, qwen_stage, small_mode
     assert "1 of 1 pictures are denoised already" in result.err
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_a_run_interrupts_its_stage(tmp_path, small_model, stop):
+    settings = [f"--model={small_model}", "--size=64x64", "--steps=20", "--out=run"]
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "run", "a", *settings, "--seed", *map(str, range(500))]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    manifest = tmp_path / "run/latents/manifest.json"
+    while not manifest.exists() and child.poll() is None:
+        time.sleep(0.02)
+    os.kill(child.pid, stop)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
+    with store.exclusive(tmp_path / "run/latents"):  # the stage is gone, and so is its lock
+        assert 1 <= len(latents_of(tmp_path / "run")) < 500
+
+
 def test_the_parent_of_a_run_never_imports_mlx(tmp_path, small_model):
     """The parent chains processes; the models live and die in its children."""
     script = (
