@@ -112,7 +112,7 @@ class Manifest(Record, frozen=True, tag_field="schema", kw_only=True):
     """The commit mark of an artifact: what it holds, made from what, with what, at what cost."""
 
     kind: ClassVar[str]  # also the directory's name inside a run
-    created_by: str
+    versions: dict[str, str]  # of qwen-stage, Python and MLX
     model: Model
     inputs: tuple[Sha256, ...] = ()  # manifest ids of what it was made from
 

@@ -12,6 +12,7 @@ from artifacts_schema.manifests import Record, Settings
 
 FORMATS = ("txt", "toml", "jsonl")
 MAX_SEED = 2**64 - 1
+MAX_STEPS = 1000  # as many as training had noise levels
 
 
 class Prompt(Record, frozen=True):
@@ -67,8 +68,8 @@ def check_settings(settings: Settings) -> Settings:
             raise UserError(f"seed {out_of_range[0]} is not between 0 and {MAX_SEED}")
         if twice := next((seed for seed in seeds if seeds.count(seed) > 1), None):
             raise UserError(f"seed {twice} is given twice; it would make the same picture twice")
-    if settings.num_inference_steps is not None and settings.num_inference_steps < 1:
-        raise UserError(f"steps must be at least 1, not {settings.num_inference_steps}")
+    if settings.num_inference_steps is not None and not 1 <= settings.num_inference_steps <= MAX_STEPS:
+        raise UserError(f"steps must be at least 1 and at most {MAX_STEPS}, not {settings.num_inference_steps}")
     if settings.true_cfg_scale is not None and not math.isfinite(settings.true_cfg_scale):
         raise UserError(f"cfg must be a finite number, not {settings.true_cfg_scale}")
     return settings
@@ -107,7 +108,7 @@ def _parse_toml(text: str, source: str) -> list[Prompt]:
     """`[[prompts]]` tables; the same keys at the top of the file are defaults for all of them."""
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, so is an endless integer
         raise UserError(f"{source}: {error}") from None
     entries = table.pop("prompts", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

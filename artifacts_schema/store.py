@@ -7,6 +7,7 @@ goes last and is the commit mark: a file that no manifest lists does not exist.
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
+MAX_ZARR_JSON_BYTES = 64 << 10
+CHECKSUM_BYTES = 4  # crc32c, after each chunk
 READ_BYTES = 1 << 20
+TEMPORARY = ".tmp-"
 SCHEMAS: tuple[type[Manifest], ...] = (EmbeddingsManifest, LatentsManifest, ImagesManifest)
 MADE_BY = {"embeddings": "encode", "latents": "denoise", "images": "decode"}
 
@@ -36,7 +40,7 @@ M = TypeVar("M", bound=Manifest)
 def publish(directory: Path, name: str, write: Callable[[Path], object]) -> tuple[File, ...]:
     """Publishes `directory/name`, a file or a directory that `write(temporary_path)` makes. Returns what it holds."""
     # the suffix stays, because writers look at it
-    temporary = directory / f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{name}"
+    temporary = directory / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{name}"
     target = directory / name
     try:
         write(temporary)
@@ -44,23 +48,21 @@ def publish(directory: Path, name: str, write: Callable[[Path], object]) -> tupl
         for path in _tree(temporary):
             _sync(path)
         if target.is_dir():  # left by a crash before its manifest was written; a rename cannot replace it
-            aside = temporary.with_name(temporary.name + ".old")
+            aside = temporary.with_name(f"{temporary.name}.old")
             target.rename(aside)
             temporary.rename(target)
-            shutil.rmtree(aside)
+            _remove(aside)
         else:
             temporary.replace(target)
         _sync(directory)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
     return files
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    msgspec.json.decode(data, type=type(manifest))  # building a struct checks nothing; what is published can be read
     publish(directory, MANIFEST, lambda path: path.write_bytes(data))
 
 
@@ -74,6 +76,11 @@ def find(path: Path, kind: type[Manifest]) -> Path:
         if (directory / MANIFEST).exists():
             return directory
     raise UserError(f"{path} holds no {kind.kind}; make them with `qwen-stage {MADE_BY[kind.kind]}`")
+
+
+def run_of(directory: Path) -> Path:
+    """The run that holds an artifact's directory; that may have been given as `.`"""
+    return directory.parent if directory.name not in ("", "..") else directory.resolve().parent
 
 
 def read_manifest(directory: Path, kind: type[M]) -> tuple[M, str]:
@@ -96,7 +103,7 @@ def read_manifest_if_any(directory: Path, kind: type[M]) -> M | None:
     return read_manifest(directory, kind)[0] if (directory / MANIFEST).exists() else None
 
 
-def verify(directory: Path, files: tuple[File, ...]) -> None:
+def verify(directory: Path, files: tuple[File, ...], kind: type[Manifest]) -> None:
     """Raises unless every file is a regular file inside the directory, with the size and content the manifest says."""
     for file in files:
         path = directory / file.path
@@ -108,19 +115,19 @@ def verify(directory: Path, files: tuple[File, ...]) -> None:
                 raise UserError(f"{path} is a symbolic link, which artifacts never hold; do not trust it")
             info = path.stat()
             if not stat.S_ISREG(info.st_mode) or info.st_size != file.size:
-                raise UserError(f"{path} is not the file of {file.size} bytes that its manifest lists; {_again(path)}")
+                raise UserError(f"{path} is not the file of {file.size} bytes that its manifest lists; {_again(kind)}")
             if _sha256(path) != file.sha256:
-                raise UserError(f"{path} is damaged (its content is not what was written); {_again(path)}")
+                raise UserError(f"{path} is damaged (its content is not what was written); {_again(kind)}")
         except FileNotFoundError:
-            raise UserError(f"{path} is missing; {_again(path)}") from None
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+            raise UserError(f"{path} is missing; {_again(kind)}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def same_files(directory: Path, files: tuple[File, ...]) -> bool:
-    """Whether everything listed is there and whole."""
+def is_whole(directory: Path, files: tuple[File, ...], kind: type[Manifest]) -> bool:
+    """Whether everything listed is there, as it was written."""
     try:
-        verify(directory, files)
+        verify(directory, files, kind)
     except UserError:
         return False
     return True
@@ -150,23 +157,32 @@ def read_latents(directory: Path, item: LatentsItem) -> "np.ndarray":
     import zarr
 
     path = directory / item.directory
-    verify(directory, item.files)
+    again = _again(LatentsManifest)
+    verify(directory, item.files, LatentsManifest)
+    chunk_bytes = 4 * math.prod(item.shape) + CHECKSUM_BYTES
+    chunk, metadata = (f"{item.directory}/{name}" for name in ("c/0/0/0", "zarr.json"))
+    sizes = {file.path: file.size for file in item.files}
+    if sizes.keys() != {chunk, metadata} or sizes[chunk] != chunk_bytes or sizes[metadata] > MAX_ZARR_JSON_BYTES:
+        raise UserError(f"{path} is not an array as qwen-stage writes them; {again}")
     try:
         array = zarr.open_array(store=path, mode="r")
-        if array.shape != item.shape or array.dtype != np.float32:
-            raise UserError(f"{path} has another shape or type than its manifest says; {_again(path)}")
+        if array.shape != item.shape or array.chunks != item.shape or array.dtype != np.float32:
+            raise UserError(f"{path} has another shape or type than its manifest says; {again}")
         latents = np.asarray(array[...])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_again(path)}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {again}") from None
     if not np.isfinite(latents).all():
-        raise UserError(f"{path} holds NaN or infinite numbers; {_again(path)}")
+        raise UserError(f"{path} holds NaN or infinite numbers; {again}")
     return latents
 
 
 def make_directory(path: Path) -> None:
     """Makes a directory for results, or says why it cannot hold any."""
     try:
+        missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync(made.parent)  # or a power cut takes the directory with everything in it
     except FileExistsError:
         raise UserError(f"{path} is a file; choose another --out") from None
     except OSError as error:
@@ -183,6 +199,7 @@ def next_run(parent: Path) -> Path:
         try:
             path = parent / f"run{number}"
             path.mkdir()
+            _sync(parent)
             return path
         except FileExistsError:
             number += 1
@@ -192,12 +209,14 @@ def next_run(parent: Path) -> Path:
 
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """One writer an artifact. The lock goes with the process, however that ends."""
+    """One writer an artifact. The lock goes with the process, however that ends; what one left half-written, too."""
     with (directory / ".lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another qwen-stage is writing to {directory}; wait for it or choose --out") from None
+        for leftover in directory.glob(f"{TEMPORARY}*"):
+            _remove(leftover)
         yield
 
 
@@ -207,6 +226,13 @@ def _describe(temporary: Path, name: str) -> tuple[File, ...]:
         File(path=(Path(name) / path.relative_to(temporary)).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
         for path in paths
     )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _tree(path: Path) -> list[Path]:
@@ -233,8 +259,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _again(path: Path) -> str:
-    return f"delete it and run `qwen-stage {MADE_BY.get(path.parent.name, 'denoise')}` again"
+def _again(kind: type[Manifest]) -> str:
+    return f"run `qwen-stage {MADE_BY[kind.kind]}` again"
 
 
 def _why_not(path: Path, data: bytes, kind: type[Manifest], error: Exception) -> str:
@@ -245,7 +271,8 @@ def _why_not(path: Path, data: bytes, kind: type[Manifest], error: Exception) ->
         return f"{path} is damaged: not a manifest of ours"
     wanted = str(kind.__struct_config__.tag)
     name, _, version = schema.rpartition("/")
-    if name == wanted.rpartition("/")[0] and version.isdecimal() and schema != wanted:
+    wanted_name, _, wanted_version = wanted.rpartition("/")
+    if name == wanted_name and version.isdecimal() and int(version) > int(wanted_version):
         return f"{path} was written by a newer qwen-stage ({schema}); upgrade qwen-stage"
     other = next((each.kind for each in SCHEMAS if each.__struct_config__.tag == schema), None)
     if other and schema != wanted:

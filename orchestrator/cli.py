@@ -1,8 +1,11 @@
 """The `qwen-stage` command. Thin: each sub-command imports what it needs inside itself."""
 
 import argparse
+import io
+import os
 import signal
 import sys
+import time
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +17,18 @@ if TYPE_CHECKING:
     from artifacts_schema.manifests import Settings
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
+SAME_GESTURE_SECONDS = 1.0  # a Ctrl-C may arrive twice: from the terminal and from the parent
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # paths and prompts are UTF-8, whatever the terminal claims
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     args = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _on_signals_interrupt()
     try:
-        code = args.command(args)
-        sys.stdout.flush()
+        code: int = args.command(args)
+        print(end="", flush=True)
         return code
     except UserError as error:
         return _fail(str(error), args.debug)
@@ -29,24 +36,35 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", args.debug)
     except KeyboardInterrupt:
-        print("qwen-stage: interrupted; what was finished is kept", file=sys.stderr)
+        _notice("interrupted; what was finished is kept")
         return EXIT_INTERRUPTED
+
+
+def _on_signals_interrupt() -> None:
+    """The first signal interrupts and lets files be tidied; a second one, a moment later, exits at once."""
+    first: list[float] = []
+
+    def interrupt(signum: int, frame: object) -> None:
+        if not first:
+            first.append(time.monotonic())
+            raise KeyboardInterrupt
+        if time.monotonic() - first[0] > SAME_GESTURE_SECONDS:
+            os._exit(EXIT_INTERRUPTED)
+
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:  # by nohup, or by a script's &
+            signal.signal(name, interrupt)
 
 
 def _fail(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    line = " ".join(message.split())
-    print(f"qwen-stage: error: {line}", file=sys.stderr)
+    _notice(f"error: {' '.join(message.split())}")
     return EXIT_BAD_INPUT
 
 
 def _notice(line: str) -> None:
     print(f"qwen-stage: {line}", file=sys.stderr, flush=True)
-
-
-def _created_by() -> str:
-    return f"qwen-stage {version('qwen-stage')}"
 
 
 def _encode(args: argparse.Namespace) -> int:
@@ -67,7 +85,7 @@ def _encode(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         truncate=args.truncate,
         report=Bar(),
-        created_by=_created_by(),
+        notice=_notice,
     )
     print(run)
     return EXIT_DONE
@@ -88,7 +106,6 @@ def _denoise(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         report=Bar(),
         notice=_notice,
-        created_by=_created_by(),
     )
     for failure in failures:
         _notice(f"failed: {failure}")
@@ -100,18 +117,19 @@ def _decode(args: argparse.Namespace) -> int:
     from orchestrator.progress import Bar
     from stages.decode import decode
 
-    pictures = decode(
+    pictures, failures = decode(
         args.latents,
         args.model,
         args.out,
         dtype=args.dtype,
         report=Bar(),
         notice=_notice,
-        created_by=_created_by(),
     )
+    for failure in failures:
+        _notice(f"failed: {failure}")
     for picture in pictures:
         print(picture)
-    return EXIT_DONE
+    return EXIT_SOME_FAILED if failures else EXIT_DONE
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -120,6 +138,8 @@ def _run(args: argparse.Namespace) -> int:
     from orchestrator.run import stage
 
     settings = _settings(args)
+    if args.noise is not None and not args.noise.is_file():
+        raise UserError(f"--noise {args.noise}: no such file")
     size = None if settings.width is None else f"{settings.width}x{settings.height}"
     entries = [
         Entry(
@@ -131,42 +151,59 @@ def _run(args: argparse.Namespace) -> int:
         )
         for prompt in args.prompts
     ]
-    model = _option("--model", args.model)
-    dtype = _option("--dtype", args.dtype)
-    encoding = [*model, *dtype, *_option("--out", args.out), *_option("--negative-prompt", args.negative_prompt)]
+    common = [*_option("--model", args.model), *_option("--dtype", args.dtype), *(["--debug"] if args.debug else [])]
+    encoding = [*_option("--out", args.out), *_option("--negative-prompt", args.negative_prompt)]
     encoding += ["--truncate"] if args.truncate else []
-    code, lines = stage("encode", "-", "--format=jsonl", *encoding, stdin=to_jsonl(entries))
+    code, lines = stage("encode", "-", "--format=jsonl", *common, *encoding, stdin=to_jsonl(entries))
     if code:
         return code
     run = lines[-1]
-    denoising = [*model, *dtype, f"--batch={args.batch}", *_option("--noise", args.noise)]
+    denoising = [f"--batch={args.batch}", *_option("--noise", args.noise)]
     denoising += ["--batch-guidance"] if args.batch_guidance else []
-    denoised, _ = stage("denoise", f"--embeddings={run}", *denoising)
+    denoised, _ = stage("denoise", f"--embeddings={run}", *common, *denoising)
     if denoised not in (EXIT_DONE, EXIT_SOME_FAILED):
         return denoised
-    decoded, pictures = stage("decode", run, *model, *dtype)
-    for picture in pictures:
+    decoded, _ = stage("decode", *common, "--", run)
+    if decoded not in (EXIT_DONE, EXIT_SOME_FAILED):
+        return decoded
+    for picture in _pictures(Path(run), args.prompts, settings.seeds):
         print(picture)
     return decoded or denoised
+
+
+def _pictures(run: Path, prompts: list[str], seeds: tuple[int, ...] | None) -> list[Path]:
+    """A run's pictures of these prompts and seeds; it may hold others, made before."""
+    from artifacts_schema import store
+    from artifacts_schema.manifests import ImagesManifest
+
+    directory = store.find(run, ImagesManifest)
+    images, _ = store.read_manifest(directory, ImagesManifest)
+    wanted = [item for item in images.items if item.prompt in prompts and (not seeds or item.seed in {*seeds, None})]
+    return [directory / item.file.path for item in wanted]
 
 
 def _option(name: str, value: object) -> list[str]:
     return [] if value is None else [f"{name}={value}"]
 
 
-def _read_prompts(path: str, format: str | None) -> tuple[bytes, str, str]:
+def _read_prompts(path: Path, format: str | None) -> tuple[bytes, str, str]:
     """The bytes of a prompt file or standard input, their format, and the name for errors."""
     from artifacts_schema.prompts import FORMATS
 
-    if path == "-":
+    if str(path) == "-":
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give a prompt file")
         return sys.stdin.buffer.read(), format or "txt", "standard input"
-    suffix = Path(path).suffix.lower().removeprefix(".")
+    format = format or path.suffix.lower().removeprefix(".") or "txt"
     try:
-        return Path(path).read_bytes(), format or (suffix if suffix in FORMATS else "txt"), path
+        data = path.read_bytes()
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; give a prompt file (.txt, .toml or .jsonl)") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a prompt file, or - for standard input") from None
+    if format not in FORMATS:
+        raise UserError(f"{path} is not a .txt, .toml or .jsonl file; say what it is with --format")
+    return data, format, str(path)
 
 
 def _announce(model: str | None) -> None:
@@ -201,6 +238,10 @@ def _text(argument: str) -> str:
     return argument
 
 
+def _path(argument: str) -> Path:
+    return Path(_text(argument))
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -212,8 +253,13 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     model_help = "directory of a Qwen-Image checkpoint, or its name in the Hugging Face cache"
-    add("--model", metavar="M", help=f"{model_help}; default: that of the stage before, or the built-in demo")
-    add("--out", type=Path, metavar="DIR", help="run directory to write into")
+    add(
+        "--model",
+        type=_text,
+        metavar="M",
+        help=f"{model_help}; default: that of the stage before, or the built-in demo",
+    )
+    add("--out", type=_path, metavar="DIR", help="run directory to write into")
     dtype_help = "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs and for decode"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype_help)
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -225,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
 
     denoising = argparse.ArgumentParser(add_help=False)
     add = denoising.add_argument
-    add("--seed", type=int, nargs="+", metavar="N", help="one picture for each; default: 42")
+    add("--seed", type=int, nargs="+", metavar="N", help="one picture for each, after the prompts; default: 42")
     add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     cfg_help = "guidance; 1 or less turns it off and halves the time; default: the model's own, or 4.0"
@@ -233,11 +279,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_positive, default=1, metavar="N", help="pictures in one pass; default: 1")
     add("--batch-guidance", action="store_true", help="prompt and negative prompt in one pass")
     noise_help = "start from this noise, not from seeds: safetensors, one float32 tensor `noise` [items, C, H/8, W/8]"
-    add("--noise", type=Path, metavar="FILE", help=noise_help)
+    add("--noise", type=_path, metavar="FILE", help=noise_help)
 
     about = "Text to image with Qwen-Image on MLX, in three processes that exchange files: encode, denoise, decode."
     parser = argparse.ArgumentParser(prog="qwen-stage", description=about)
-    parser.add_argument("--version", action="version", version=_created_by())
+    parser.add_argument("--version", action="version", version=f"qwen-stage {version('qwen-stage')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", parents=[common, encoding, denoising], help="prompts to pictures, all stages")
@@ -245,16 +291,18 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     encode = commands.add_parser("encode", parents=[common, encoding], help="prompts to embeddings")
-    encode.add_argument("prompts", metavar="FILE", help=".txt (a prompt a line), .toml, .jsonl; - is standard input")
+    encode.add_argument(
+        "prompts", type=_path, metavar="FILE", help=".txt (a prompt a line), .toml, .jsonl; - is standard input"
+    )
     encode.add_argument("--format", choices=("txt", "toml", "jsonl"), help="default: by the file's name")
     encode.set_defaults(command=_encode)
 
     denoise = commands.add_parser("denoise", parents=[common, denoising], help="embeddings to latents")
-    denoise.add_argument("--embeddings", type=Path, required=True, metavar="DIR", help="a run or its embeddings/")
+    denoise.add_argument("--embeddings", type=_path, required=True, metavar="DIR", help="a run or its embeddings/")
     denoise.set_defaults(command=_denoise)
 
     decode = commands.add_parser("decode", parents=[common], help="latents to PNG")
-    decode.add_argument("latents", type=Path, metavar="DIR", help="a run or its latents/")
+    decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")
     decode.set_defaults(command=_decode)
     return parser
 

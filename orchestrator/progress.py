@@ -12,7 +12,7 @@ class Bar:
         self.bar: Any = None
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             return
         from tqdm import tqdm
 

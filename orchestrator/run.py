@@ -4,25 +4,27 @@ import signal
 import subprocess
 import sys
 
+EXIT_INTERRUPTED = 130
 
-def stage(*arguments: str, stdin: bytes | None = None) -> tuple[int, list[str]]:
-    """Runs `qwen-stage ARGUMENTS` in a new process. Returns its exit code and the lines it printed on stdout.
 
-    stderr, with progress and errors, goes where the parent's goes. An interruption is handed on and waited for; a
-    second one kills.
+def stage(name: str, *arguments: str, stdin: bytes = b"") -> tuple[int, list[str]]:
+    """Runs `qwen-stage NAME ARGUMENTS` in a new process. Returns its exit code and the lines it printed on stdout.
+
+    stderr, with progress and errors, goes where the parent's goes. An interruption is handed on and waited for.
     """
     # -P: a folder named `stages` where the user happens to be must not be imported instead of ours
-    command = [sys.executable, "-P", "-m", "orchestrator.cli", *arguments]
-    # a process group of its own: Ctrl-C reaches it once, from here, and not a second time from the terminal
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", name, *arguments]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        output, _ = child.communicate(stdin or b"")
+        output, _ = child.communicate(stdin)
     except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
-        try:
-            child.wait()
-        except KeyboardInterrupt:
-            child.kill()
-        raise
-    code = child.returncode
-    return (128 - code if code < 0 else code), output.decode().splitlines()
+        # the terminal tells both, whoever signals the parent tells only that; and SIGINT may be ignored, as in scripts
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        return EXIT_INTERRUPTED, []
+    if child.returncode < 0:
+        reason = signal.Signals(-child.returncode).name
+        hint = " (out of memory?)" if reason == "SIGKILL" else ""
+        print(f"qwen-stage: {name} was killed by {reason}{hint}; what was finished is kept", file=sys.stderr)
+        return 128 - child.returncode, []
+    return child.returncode, output.decode("utf-8", "surrogateescape").split("\n")[:-1]

@@ -14,7 +14,7 @@ import msgspec
 from artifacts_schema import keys, manifests
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import Settings
-from artifacts_schema.prompts import parse_size
+from artifacts_schema.prompts import check_settings, parse_size
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -26,6 +26,7 @@ COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SHOWN_NAMES = 3  # of tensors, in an error
+MAX_POSITIONS = 4096  # the reference's RoPE tables end there; the transformer never saw positions beyond
 REAL_MODEL_HINT = "choose a real one with --model, for example --model Qwen/Qwen-Image-2512"
 # what Qwen-Image's own examples use
 DEFAULTS = Settings(seeds=(42,), width=1024, height=1024, num_inference_steps=50, true_cfg_scale=4.0)
@@ -43,6 +44,13 @@ class OwnDefaults(msgspec.Struct):
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What other stages need to know of `vae/config.json`."""
+
+    temperal_downsample: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     name: str  # as manifests record it: the demo's name or an absolute path
     directory: Path
@@ -56,13 +64,11 @@ class Checkpoint:
     def config(self, component: str, kind: type[T], file: str = "config.json") -> T:
         """A component's config as the dataclass its model wants; unknown fields are the checkpoint's own business."""
         path = self.component(component) / file
+        fields = _read_json(path)
         try:
-            fields = json.loads(path.read_bytes())
             spellings = getattr(kind, "fields_of", dict)  # a model that knows several spellings brings them to one
             return msgspec.convert(spellings(fields), type=kind)
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; download the model again") from None
-        except (ValueError, msgspec.ValidationError) as error:  # JSON errors are ValueErrors
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # msgspec's are ValueErrors
             raise UserError(f"{path}: {error}") from None
 
     def fingerprint(self, component: str) -> str:
@@ -79,29 +85,38 @@ class Checkpoint:
     @cached_property
     def vae_scale_factor(self) -> int:
         """Pixels per latent, from the VAE's config alone; 8, as in every Qwen-Image, where that is not here."""
-        path = self.directory / "vae" / "config.json"
-        return 2 ** len(json.loads(path.read_bytes())["temperal_downsample"]) if path.exists() else 8
+        if not (self.directory / "vae" / "config.json").exists():
+            return 8
+        return 2 ** len(self.config("vae", Shape).temperal_downsample)
 
     @cached_property
     def defaults(self) -> Settings:
         path = self.directory / "qwen-stage.json"
         if not path.exists():
             return DEFAULTS
-        own = msgspec.json.decode(path.read_bytes(), type=OwnDefaults)
-        width, height = parse_size(own.size) if own.size else (DEFAULTS.width, DEFAULTS.height)
-        return Settings(
-            seeds=DEFAULTS.seeds,
-            width=width,
-            height=height,
-            num_inference_steps=own.steps or DEFAULTS.num_inference_steps,
-            true_cfg_scale=DEFAULTS.true_cfg_scale if own.cfg is None else own.cfg,
-        )
+        try:
+            own = msgspec.convert(_read_json(path), type=OwnDefaults)
+            width, height = parse_size(own.size) if own.size else (DEFAULTS.width, DEFAULTS.height)
+            settings = Settings(
+                seeds=DEFAULTS.seeds,
+                width=width,
+                height=height,
+                num_inference_steps=DEFAULTS.num_inference_steps if own.steps is None else own.steps,
+                true_cfg_scale=DEFAULTS.true_cfg_scale if own.cfg is None else own.cfg,
+            )
+            return check_settings(settings)
+        except (msgspec.ValidationError, UserError) as error:
+            raise UserError(f"{path}: {error}") from None
 
-    def check_size(self, width: int, height: int) -> None:
-        unit = 2 * self.vae_scale_factor  # a token is 2x2 latents
-        if width % unit or height % unit:
+    def check_size(self, width: int, height: int, tokens: int) -> None:
+        """Raises for a size that the model cannot draw beside a prompt of so many tokens."""
+        unit = 2 * self.vae_scale_factor  # an image token is 2x2 latents
+        if width < unit or height < unit or width % unit or height % unit:
             near = "x".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
             raise UserError(f"size {width}x{height} is not a multiple of {unit} both ways; the nearest is {near}")
+        if max(width, height) // unit // 2 + tokens > MAX_POSITIONS:
+            largest = 2 * (MAX_POSITIONS - tokens) * unit
+            raise UserError(f"size {width}x{height} is beyond the model's {MAX_POSITIONS} positions; at most {largest}")
 
     def check_made_with(self, made_with: manifests.Model, components: tuple[str, ...], what: str) -> None:
         """Raises when an artifact comes from other weights than these."""
@@ -109,7 +124,7 @@ class Checkpoint:
             if made_with.fingerprints.get(component) != self.model.fingerprints.get(component):
                 raise UserError(
                     f"{what} made with another {component} ({made_with.name}) than that of {self.name}; "
-                    f"make them again with --model {self.name}, or choose their model with --model"
+                    "choose that model with --model, or another directory with --out"
                 )
 
 
@@ -117,7 +132,7 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     """A directory, a model in the Hugging Face cache, or the built-in demo when no model is named."""
     if model is None or model == DEMO:
         return Checkpoint(DEMO, DEMO_DIRECTORY)
-    path = Path(model).expanduser()
+    path = Path(model)  # the shell has expanded ~
     if path.is_dir():
         directory = path.resolve()
     elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -127,6 +142,18 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     if not (directory / "model_index.json").exists() and not any((directory / name).is_dir() for name in COMPONENTS):
         raise UserError(f"{directory} is not a Qwen-Image checkpoint: it has no model_index.json and no transformer/")
     return Checkpoint(str(directory), directory)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; download the model again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); download the model again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not a JSON object; download the model again")
+    return fields
 
 
 def _in_hub_cache(repository: str) -> Path:
@@ -175,9 +202,9 @@ def _weight_files(directory: Path) -> list[Path]:
     indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) == 1:
         try:
-            weight_map = json.loads(indexes[0].read_bytes())["weight_map"]
+            weight_map = _read_json(indexes[0])["weight_map"]
             expected = {directory / shard for shard in weight_map.values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             raise UserError(f"{indexes[0]} is damaged; download the model again") from None
     else:
         weight_map = {}

@@ -1,15 +1,15 @@
 """latents -> PNG: the third stage."""
 
-import re
-from collections.abc import Callable
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from artifacts_schema import keys, store
+from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import ImageItem, ImagesManifest, LatentsItem, LatentsManifest
 from stages.checkpoint import Checkpoint, compute_dtype, load_weights, open_checkpoint
-from stages.measure import Stopwatch
+from stages.measure import Notice, Report, Stopwatch, versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +20,6 @@ CODE_VERSION = 1  # raised whenever the same latents would give other pixels
 DEFAULT_DTYPE = "float32"  # also on GPUs: the VAE is small, and rounding shows in flat areas
 SLUG_LENGTH = 40  # characters of the prompt in a file name
 
-Report = Callable[[str, int, int], None]
-
 
 def decode(
     latents: Path,
@@ -30,40 +28,46 @@ def decode(
     *,
     dtype: str | None = None,
     report: Report,
-    notice: Callable[[str], None],
-    created_by: str,
-) -> list[Path]:
-    """Decodes every item of a latents artifact that has no picture yet. Returns the pictures of all of them."""
+    notice: Notice,
+) -> tuple[list[Path], list[str]]:
+    """Decodes every item of a latents artifact that has no picture yet.
+
+    Returns the pictures of all items and what failed, a line each. Raises UserError when all fail.
+    """
     dtype = dtype or DEFAULT_DTYPE
     source = store.find(latents, LatentsManifest)
     manifest, manifest_id = store.read_manifest(source, LatentsManifest)
     checkpoint = open_checkpoint(model or manifest.model.name)
     checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
 
-    directory = (out or source.parent) / ImagesManifest.kind
+    directory = (out or store.run_of(source)) / ImagesManifest.kind
     store.make_directory(directory)
     with store.exclusive(directory):
         before = store.read_manifest_if_any(directory, ImagesManifest)
         done = {item.key: item for item in before.items} if before else {}
         inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), manifest_id)))
         wanted = {_key(item, checkpoint, dtype): item for item in manifest.items}
-        todo = {
-            key: item
-            for key, item in wanted.items()
-            if key not in done or not store.same_files(directory, (done[key].file,))
-        }
-        if len(todo) < len(wanted):
-            notice(f"{len(wanted) - len(todo)} of {len(wanted)} pictures are decoded already")
-        # all are read before the first is decoded: damage is found before the work
-        arrays = {key: store.read_latents(source, item) for key, item in todo.items()}
+        whole = {key for key, item in done.items() if store.is_whole(directory, (item.file,), ImagesManifest)}
+        todo, failures = {}, []
+        for key, item in wanted.items():
+            if key not in whole:
+                try:  # all are read before the first is decoded: damage is found before the work
+                    todo[key] = (item, store.read_latents(source, item))
+                except UserError as error:
+                    failures.append(str(error))
+        if failures and len(failures) == len(wanted):
+            raise UserError(failures[0])
+        if len(whole & wanted.keys()):
+            notice(f"{len(whole & wanted.keys())} of {len(wanted)} pictures are decoded already")
         if todo:
             report("decode", 0, len(todo))
             vae = _load_vae(checkpoint, dtype)
-        for number, (key, item) in enumerate(todo.items(), 1):
+        for number, (key, (item, array)) in enumerate(todo.items(), 1):
             watch = Stopwatch()
-            pixels = _pixels(vae, arrays.pop(key))
-            name = done[key].file.path if key in done else _file_name(item, len(done) + 1)
+            pixels = _pixels(vae, array)
+            name = Path(done[key].file.path).name if key in done else _file_name(item, len(done) + 1)
             (file,) = store.publish(directory, name, partial(_write_png, pixels=pixels))
+            whole.add(key)
             done[key] = ImageItem(
                 key=key,
                 latents_key=item.key,
@@ -75,11 +79,11 @@ def decode(
             )
             # after every picture, so that an interruption loses none
             images = ImagesManifest(
-                created_by=created_by, model=checkpoint.model, inputs=inputs, items=tuple(done.values())
+                versions=versions(), model=checkpoint.model, inputs=inputs, items=tuple(done.values())
             )
             store.write_manifest(directory, images)
             report("decode", number, len(todo))
-    return [directory / done[key].file.path for key in wanted]
+    return [directory / done[key].file.path for key in wanted if key in whole], failures
 
 
 def _key(item: LatentsItem, checkpoint: Checkpoint, dtype: str) -> str:
@@ -100,9 +104,8 @@ def _pixels(vae: "AutoencoderKLQwenImage", latents: "np.ndarray") -> "np.ndarray
     import mlx.core as mx
     import numpy as np
 
-    rgb: mx.array = vae.decode(mx.array(latents)[None])[0].astype(mx.float32)
-    rgb = mx.contiguous(mx.round((rgb * 0.5 + 0.5) * 255).astype(mx.uint8))
-    return np.array(rgb)
+    rgb = vae.decode(mx.array(latents)[None])[0].astype(mx.float32)
+    return np.array(mx.contiguous(mx.round((rgb * 0.5 + 0.5) * 255).astype(mx.uint8)))
 
 
 def _write_png(path: Path, pixels: "np.ndarray") -> None:
@@ -113,6 +116,9 @@ def _write_png(path: Path, pixels: "np.ndarray") -> None:
 
 def _file_name(item: LatentsItem, number: int) -> str:
     """0001-a-red-circle-s42.png: the order of making, what it shows, the seed."""
-    words = re.sub(r"\W+", "-", item.name or item.prompt).strip("-").lower()[:SLUG_LENGTH].strip("-")
+    text = (item.name or item.prompt).lower()
+    # letters, their marks, and numbers of any script
+    words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text).split()
+    slug = "-".join(words)[:SLUG_LENGTH].strip("-")
     seed = "noise" if item.seed is None else f"s{item.seed}"
-    return "-".join(part for part in (f"{number:04d}", words, seed) if part) + ".png"
+    return "-".join(part for part in (f"{number:04d}", slug, seed) if part) + ".png"

@@ -23,7 +23,7 @@ from artifacts_schema.manifests import (
 )
 from artifacts_schema.prompts import check_settings
 from stages.checkpoint import Checkpoint, compute_dtype, dtype_name, load_weights, open_checkpoint
-from stages.measure import Stopwatch
+from stages.measure import Notice, Report, Stopwatch, versions
 from stages.scheduler import SchedulerConfig
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
 
 CODE_VERSION = 1  # raised whenever the same inputs would give other latents
-
-Report = Callable[[str, int, int], None]
 
 
 class Resolved(NamedTuple):
@@ -75,8 +73,7 @@ def denoise(
     noise: Path | None = None,
     dtype: str | None = None,
     report: Report,
-    notice: Callable[[str], None],
-    created_by: str,
+    notice: Notice,
 ) -> tuple[Path, list[str]]:
     """Denoises every prompt and seed of an embeddings artifact that is not there yet.
 
@@ -96,15 +93,19 @@ def denoise(
     compute = compute_dtype(dtype)
     jobs = _jobs(manifest, checkpoint, config, check_settings(overrides), noise, dtype_name(compute))
 
-    directory = (out or source.parent) / LatentsManifest.kind
+    if any(not job.settings.guided and job.item.negative_prompt.strip() for job in jobs):
+        notice("negative prompts are not used where cfg is 1 or less")
+
+    directory = (out or store.run_of(source)) / LatentsManifest.kind
     store.make_directory(directory)
     with store.exclusive(directory):
         latents = store.read_manifest_if_any(directory, LatentsManifest)
         if latents is None:
-            latents = LatentsManifest(created_by=created_by, model=checkpoint.model, items=())
+            latents = LatentsManifest(versions=versions(), model=checkpoint.model, items=())
         checkpoint.check_made_with(latents.model, ("transformer",), f"the latents already in {directory} were")
         done = {item.key: item for item in latents.items}
-        todo = [job for job in jobs if job.key not in done or not store.same_files(directory, done[job.key].files)]
+        whole = {key for key, item in done.items() if store.is_whole(directory, item.files, LatentsManifest)}
+        todo = [job for job in jobs if job.key not in whole]
         if len(todo) < len(jobs):
             notice(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are denoised already")
         if not todo:
@@ -120,16 +121,17 @@ def denoise(
             results = _denoise_batch(
                 transformer, schedule, group, prompts, compute, batch_guidance, partial(report, label)
             )
-            cost = msgspec.structs.replace(watch.cost(), seconds=round(watch.cost().seconds / len(group), 3))
+            cost = watch.cost(pictures=len(group))
             for job, result in zip(group, results, strict=True):
                 if not np.isfinite(result).all():
-                    failures.append(f"{job.item.prompt!r}, seed {job.seed}: the latents became NaN or infinite")
+                    noise_from = "injected noise" if job.seed is None else f"seed {job.seed}"
+                    failures.append(f"{job.item.prompt!r}, {noise_from}: the latents became NaN or infinite")
                     continue
                 files = store.publish(directory, f"{job.key}.zarr", partial(store.write_latents, latents=result))
                 done[job.key] = _latents_item(job, files, cost, dtype_name(compute))
             # after every batch, so that an interruption loses no finished picture
             latents = LatentsManifest(
-                created_by=created_by, model=checkpoint.model, inputs=inputs, items=tuple(done.values())
+                versions=versions(), model=checkpoint.model, inputs=inputs, items=tuple(done.values())
             )
             store.write_manifest(directory, latents)
     return directory, failures
@@ -150,7 +152,9 @@ def _jobs(
     factor = checkpoint.vae_scale_factor
     jobs = []
     for index, (item, own, seed) in enumerate(wanted):
-        _check_size(own, max(tokens[item.prompt_key], tokens[item.negative_key]), checkpoint)
+        if not {item.prompt_key, item.negative_key} <= tokens.keys():
+            raise UserError(f"the embeddings of {item.prompt!r} are not there; run `qwen-stage encode` again")
+        checkpoint.check_size(own.width, own.height, max(tokens[item.prompt_key], tokens[item.negative_key]))
         shape = (config.in_channels // 4, own.height // factor, own.width // factor)
         array = injected[index] if injected else None
         if array is not None and array.shape != shape:
@@ -174,25 +178,13 @@ def _jobs(
 
 
 def _resolve(*layers: Settings) -> Resolved:
-    """The first layer that says something wins, field by field; width and height go together."""
+    """The first layer that says something wins, field by field. Checked again: manifests can be edited."""
 
     def first(field: str) -> Any:
         return next(value for layer in layers if (value := getattr(layer, field)) is not None)
 
-    return Resolved(
-        first("seeds"), first("width"), first("height"), first("num_inference_steps"), first("true_cfg_scale")
-    )
-
-
-def _check_size(settings: Resolved, tokens: int, checkpoint: Checkpoint) -> None:
-    from stages.models.transformer import ROPE_POSITIONS, text_start
-
-    width, height = settings.width, settings.height
-    checkpoint.check_size(width, height)
-    unit = 2 * checkpoint.vae_scale_factor
-    if text_start(height // unit, width // unit) + tokens > ROPE_POSITIONS:
-        largest = 2 * (ROPE_POSITIONS - tokens) * unit
-        raise UserError(f"size {width}x{height} is beyond the model's {ROPE_POSITIONS} positions; at most {largest}")
+    settings = check_settings(Settings(**{field: first(field) for field in Settings.__struct_fields__}))
+    return Resolved(*msgspec.structs.astuple(settings))
 
 
 def _load_noise(path: Path, count: int) -> "list[mx.array]":
@@ -224,10 +216,10 @@ def _load_embeddings(
     for key in {key for job in jobs for key in (job.item.prompt_key, job.item.negative_key)}:
         embedding = listed[key]
         path = source / embedding.file.path
-        store.verify(source, (embedding.file,))
+        store.verify(source, (embedding.file,), EmbeddingsManifest)
         try:
-            prompt_embeds = mx.load(str(path))["prompt_embeds"]
-        except (RuntimeError, KeyError) as error:
+            prompt_embeds = mx.load(str(path), format="safetensors")["prompt_embeds"]
+        except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); run `qwen-stage encode` again") from None
         if prompt_embeds.shape != (embedding.tokens, embedding.dim):
             raise UserError(f"{path} has another shape than its manifest says; run `qwen-stage encode` again")
@@ -294,7 +286,7 @@ def _denoise_batch(
     sigmas = schedule.sigmas(steps, latents.shape[1])
     step_done(0, steps)
     for i in range(steps):
-        timestep = mx.array(1000 * sigmas[i]).astype(compute) / 1000  # rounded where the reference rounds it
+        timestep = model_timestep(sigmas[i], compute)
         predictions = []
         for encoder_hidden_states, txt_seq_lens, rotary in passes:
             hidden_states = mx.concatenate([latents.astype(compute)] * (len(txt_seq_lens) // len(jobs)))
@@ -309,6 +301,13 @@ def _denoise_batch(
         mx.eval(latents)
         step_done(i + 1, steps)
     return list(np.array(unpack_latents(latents, height, width)))
+
+
+def model_timestep(sigma: float, compute: "mx.Dtype") -> "mx.array":
+    """A noise level as the transformer takes it: a scalar, rounded to the compute dtype where the reference rounds."""
+    import mlx.core as mx
+
+    return mx.array(1000 * sigma).astype(compute) / 1000
 
 
 def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) -> "mx.array":

@@ -1,25 +1,37 @@
-"""What a stretch of work costs: wall time and peak memory."""
+"""What the work tells: progress while it goes on, its cost and the versions it ran with afterwards."""
 
+import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
+from importlib.metadata import version
 
 from artifacts_schema.manifests import Cost
+
+Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+Notice = Callable[[str], None]  # one line that a person should see
 
 
 class Stopwatch:
     """Starts when made; MLX's peak counts from there, the process's from its start."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         if "mlx.core" in sys.modules:
             sys.modules["mlx.core"].reset_peak_memory()
         self.started = time.perf_counter()
 
-    def cost(self) -> Cost:
+    def cost(self, pictures: int = 1) -> Cost:
+        """The cost so far, its time shared by so many pictures."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         mlx = sys.modules.get("mlx.core")
         return Cost(
-            seconds=round(time.perf_counter() - self.started, 3),
+            seconds=round((time.perf_counter() - self.started) / pictures, 3),
             process_peak=peak if sys.platform == "darwin" else peak * 1024,  # Linux counts in KiB
             mlx_peak=mlx.get_peak_memory() if mlx else 0,
         )
+
+
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("qwen-stage", "mlx")}
+    return {**packages, "python": platform.python_version()}

@@ -36,6 +36,10 @@ class SchedulerConfig:
             raise ValueError(f"time_shift_type {self.time_shift_type!r} is neither 'exponential' nor 'linear'")
         if self.max_image_seq_len <= self.base_image_seq_len:
             raise ValueError("max_image_seq_len must be larger than base_image_seq_len")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, not {self.shift}")
+        if self.shift_terminal is not None and not 0 <= self.shift_terminal < 1:
+            raise ValueError(f"shift_terminal must lie in [0, 1), not {self.shift_terminal}")
         if self.num_train_timesteps != 1000:
             raise ValueError(f"num_train_timesteps {self.num_train_timesteps} is not supported, only 1000")
 

@@ -7,7 +7,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from artifacts_schema.errors import UserError
 
-FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json")
 # contractions, words, single digits, punctuation, line breaks, spaces: how Qwen2 splits text before merging bytes
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,8 +22,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         lines = (directory / "merges.txt").read_text(encoding="utf-8").removeprefix("#version: 0.2").split("\n")
         merges = [(first, second) for first, second in (line.split(" ") for line in lines if line)]
         config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        added = {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False))
+        for number, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda pair: int(pair[0])):
+            names = ("lstrip", "rstrip", "normalized", "single_word", "special")
+            tokenizer.add_tokens([AddedToken(token["content"], **{name: token.get(name, False) for name in names})])
+            if tokenizer.token_to_id(token["content"]) != int(number):
+                raise ValueError(f"{token['content']} is not token {number}")
     except FileNotFoundError as error:
         raise UserError(f"the tokenizer is incomplete: {error.filename} is missing; download the model again") from None
     except Exception as error:  # tokenizers raises bare Exception
@@ -37,10 +40,4 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    for number in sorted(added):
-        token = added[number]
-        flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "normalized", "single_word", "special")}
-        tokenizer.add_tokens([AddedToken(token["content"], **flags)])
-        if tokenizer.token_to_id(token["content"]) != number:
-            raise UserError(f"the tokenizer in {directory} is damaged: {token['content']} is not token {number}")
     return tokenizer

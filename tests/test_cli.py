@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 
 from artifacts_schema import store
-from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
+from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest, Settings
 
 
 def assert_one_clear_line(result, *words: str) -> None:
@@ -42,14 +42,16 @@ def test_no_such_prompt_file_and_a_directory(qwen_stage, tmp_path):
     assert_one_clear_line(qwen_stage("encode", "nowhere.txt"), "nowhere.txt", "No such file")
     (tmp_path / "folder").mkdir()
     assert_one_clear_line(qwen_stage("encode", "folder"), "folder", "directory")
+    (tmp_path / "prompts.json").write_text('{"prompt": "a"}')
+    assert_one_clear_line(qwen_stage("encode", "prompts.json"), "prompts.json", "--format")
 
 
 def test_truncate_allows_long_prompts(qwen_stage, tmp_path):
     (tmp_path / "prompts.txt").write_text("word " * 1100)
     result = qwen_stage("encode", "prompts.txt", "--truncate", "--out=run")
     assert result.code == 0, result.err
-    manifest = json.loads((tmp_path / "run/embeddings/manifest.json").read_bytes())
-    assert max(embedding["tokens"] for embedding in manifest["embeddings"]) == 1024
+    manifest, _ = store.read_manifest(tmp_path / "run/embeddings", EmbeddingsManifest)
+    assert max(embedding.tokens for embedding in manifest.embeddings) == 1024
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,7 @@ def test_truncate_allows_long_prompts(qwen_stage, tmp_path):
         (["--size=64"], ("'64'", "WIDTHxHEIGHT")),
         (["--size=131072x64"], ("131072x64", "4096 positions")),
         (["--steps=0"], ("steps", "at least 1")),
+        (["--steps=99999999999999999999"], ("steps", "at most 1000")),
         (["--cfg=nan"], ("cfg", "finite")),
         (["--cfg=inf"], ("cfg", "finite")),
         (["--seed", "3", "4", "3"], ("seed 3", "twice")),
@@ -80,7 +83,10 @@ def test_bad_denoise_arguments(qwen_stage, encoded, arguments, words):
 def test_run_refuses_a_bad_size_before_encoding(qwen_stage_process, tmp_path):
     result = qwen_stage_process("run", "a red circle", "--size=100x100", "--out=run")
     assert_one_clear_line(result, "100x100", "multiple of 16")
-    assert not (tmp_path / "run").exists()
+    result = qwen_stage_process("run", "a red circle", "--size=131072x64", "--out=run")
+    assert_one_clear_line(result, "131072x64", "4096 positions")
+    assert_one_clear_line(qwen_stage_process("run", "a", "--noise=nowhere"), "--noise nowhere", "no such file")
+    assert not list(tmp_path.glob("run*"))
 
 
 @pytest.fixture
@@ -206,7 +212,16 @@ def change_config(**fields):
         (change_config(num_layers="absent"), ("config.json", "num_layers")),
         (change_config(num_layers="many"), ("config.json", "num_layers")),
         (change_config(axes_dims_rope=[2, 2, 2]), ("axes_dims_rope",)),
-        (lambda directory: (directory / "config.json").write_text("{"), ("config.json",)),
+        (lambda directory: (directory / "config.json").write_text("{"), ("config.json", "not JSON")),
+        (lambda directory: (directory / "config.json").write_text("[" * 100_000), ("config.json", "not JSON")),
+        (lambda directory: (directory / "config.json").write_text("[1]"), ("config.json", "not a JSON object")),
+        (lambda directory: (directory / "../vae/config.json").write_text("{}"), ("config.json", "temperal_downsample")),
+        (lambda directory: (directory / "../qwen-stage.json").write_text('{"steps": 0}'), ("qwen-stage.json", "steps")),
+        (lambda directory: (directory / "../qwen-stage.json").write_text('{"cfg": "x"}'), ("qwen-stage.json", "cfg")),
+        (
+            lambda directory: (directory / "../scheduler/scheduler_config.json").write_text('{"shift": 0}'),
+            ("scheduler_config.json", "shift"),
+        ),
         (lambda directory: (directory / "config.json").unlink(), ("config.json", "missing")),
         (lambda directory: shutil.rmtree(directory), ("no transformer/",)),
     ],
@@ -218,6 +233,35 @@ def test_damaged_models(qwen_stage, tmp_path, small_model, damage, words):
     assert qwen_stage("encode", "prompts.txt", "--out=run", f"--model={model}").code == 0
     damage(model / "transformer")
     assert_one_clear_line(qwen_stage("denoise", "--embeddings=run", *FAST), *words)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[1]", '{"text_config": null}', '{"rope_parameters": "x"}', '{"text_config": {"num_attention_heads": 0}}'],
+)
+def test_damaged_text_encoders(qwen_stage, tmp_path, small_model, config):
+    model = tmp_path / "model"
+    shutil.copytree(small_model, model)
+    (model / "text_encoder/config.json").write_text(config)
+    (tmp_path / "prompts.txt").write_text("a prompt")
+    assert_one_clear_line(qwen_stage("encode", "prompts.txt", f"--model={model}"), "text_encoder/config.json")
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize("settings", [{"num_inference_steps": 0}, {"seeds": (-1,)}, {"width": -32, "height": 32}])
+def test_settings_in_an_edited_manifest(qwen_stage, encoded, settings):
+    directory = encoded / "embeddings"
+    manifest, _ = store.read_manifest(directory, EmbeddingsManifest)
+    (item,) = manifest.items
+    store.write_manifest(directory, replace(manifest, items=(replace(item, settings=Settings(**settings)),)))
+    assert_one_clear_line(qwen_stage("denoise", f"--embeddings={encoded}"))
+
+
+def test_a_manifest_without_its_embeddings(qwen_stage, encoded):
+    directory = encoded / "embeddings"
+    manifest, _ = store.read_manifest(directory, EmbeddingsManifest)
+    store.write_manifest(directory, replace(manifest, embeddings=()))
+    assert_one_clear_line(qwen_stage("denoise", f"--embeddings={encoded}"), "not there", "encode")
 
 
 def test_sharded_weights_are_the_same_model(qwen_stage, tmp_path, small_model):
@@ -270,13 +314,20 @@ def test_encode_makes_the_next_run_and_prints_it_alone(qwen_stage_process, tmp_p
         assert "--model" in result.err
 
 
+def test_negative_prompts_without_guidance_are_announced(qwen_stage, tmp_path, small_model):
+    (tmp_path / "prompts.txt").write_text("a")
+    qwen_stage("encode", "prompts.txt", "--out=run", f"--model={small_model}", "--negative-prompt=ugly")
+    result = qwen_stage("denoise", "--embeddings=run", *FAST, "--cfg=1")
+    assert "negative prompts are not used" in result.err
+
+
 def test_bad_usage_exits_with_2(qwen_stage):
     for arguments in ([], ["paint"], ["denoise"], ["denoise", "--embeddings=x", "--batch=0"], ["run"]):
         assert qwen_stage(*arguments).code == 2
 
 
 def test_arguments_that_are_not_utf8(qwen_stage):
-    for arguments in (["run", "\udcff"], ["encode", "x.txt", "--negative-prompt=\udcff"]):
+    for arguments in (["run", "\udcff"], ["encode", "x.txt", "--negative-prompt=\udcff"], ["decode", "\udcff"]):
         result = qwen_stage(*arguments)
         assert result.code == 2
         assert "not UTF-8" in result.err

@@ -78,6 +78,8 @@ def test_jsonl():
         (b'cfg = inf\n[[prompts]]\nprompt = "a"', "toml", "prompt 1: cfg must be a finite number"),
         (b'[[prompts]]\nprompt = "a"\nsizes = "64x64"', "toml", "prompt 1: .*sizes"),
         (b"[[prompts]\n", "toml", "prompts: .*line 1"),
+        (b'steps = %s\n[[prompts]]\nprompt = "a"' % (b"9" * 5000), "toml", "prompts: "),
+        (b'{"prompt": "a", "steps": 1001}', "jsonl", "line 1: steps must be .* at most 1000"),
         (b"a = " + b"[" * 100_000, "toml", "prompts: "),
     ],
 )

@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 
 from artifacts_schema import store
 from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
+from stages.checkpoint import Checkpoint
+from stages.denoise import model_timestep
 from stages.scheduler import SchedulerConfig
 
 installed = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
@@ -140,6 +142,20 @@ def test_our_prompt_embeds_feed_the_pipeline(qwen_stage, tmp_path):
     _, from_text = reference.generate(pipeline, noise, prompt=prompt, negative_prompt=negative, **settings)
     _, from_ours = reference.generate(pipeline, noise, **saved, **settings)
     np.testing.assert_allclose(from_ours, from_text, atol=2 / 255)
+
+
+def test_bfloat16_timesteps_are_rounded_like_the_pipelines():
+    """In bfloat16 the pipeline rounds 1000 x sigma and again the thousandth of it; the model was trained so."""
+    pipeline = reference.load(random_models.TINY)
+    pipeline.transformer.to(torch.bfloat16)
+    seen = []
+    pipeline.transformer.time_text_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    embeds = torch.zeros(1, 3, pipeline.transformer.config.joint_attention_dim, dtype=torch.bfloat16)
+    packed = torch.zeros(1, 64, 64, dtype=torch.bfloat16)
+    pipeline(prompt_embeds=embeds, latents=packed, height=128, width=128, num_inference_steps=7, output_type="latent")
+    schedule = Checkpoint("tiny", random_models.TINY).config("scheduler", SchedulerConfig, "scheduler_config.json")
+    ours = [model_timestep(sigma, mx.bfloat16).astype(mx.float32).item() for sigma in schedule.sigmas(7, 64)[:-1]]
+    assert ours == torch.cat(seen).tolist()
 
 
 @pytest.mark.parametrize("index", range(20))

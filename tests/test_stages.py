@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import random_models
 from conftest import RANDOM_CASES
 from parity import assert_close, assert_same_picture
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from artifacts_schema import store
 from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest
@@ -112,18 +113,112 @@ def test_nothing_is_done_twice(qwen_stage, tmp_path, small_model):
     (tmp_path / "p.txt").write_text("a\nb\na\n")
     qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
     embeddings, _ = store.read_manifest(tmp_path / "run/embeddings", EmbeddingsManifest)
-    assert len(embeddings.items) == 3
+    assert len(embeddings.items) == 2
     assert len(embeddings.embeddings) == 3  # a, b and the negative prompt
+    (tmp_path / "q.txt").write_text("b\nc\n")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/embeddings").glob("*.safetensors")}
+    assert (
+        "2 of 3 texts are encoded already" in qwen_stage("encode", "q.txt", "--out=run", f"--model={small_model}").err
+    )
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    embeddings, _ = store.read_manifest(tmp_path / "run/embeddings", EmbeddingsManifest)
+    assert [item.prompt for item in embeddings.items] == ["a", "b", "c"]
     denoise = ["denoise", "--embeddings=run", "--size=32x32", "--steps=1"]
     assert qwen_stage(*denoise, "--seed=1").code == 0
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/latents").rglob("*") if path.is_file()}
     again = qwen_stage(*denoise, "--seed=1")
-    assert "2 of 2 pictures are denoised already" in again.err
+    assert "3 of 3 pictures are denoised already" in again.err
     assert all(path.stat().st_mtime_ns == before for path, before in first.items())
     more = qwen_stage(*denoise, "--seed", "1", "2")
-    assert "2 of 4" in more.err
-    assert len(qwen_stage("decode", "run").out) == 4
-    assert "4 of 4" in qwen_stage("decode", "run").err
+    assert "3 of 6" in more.err
+    assert len(qwen_stage("decode", "run").out) == 6
+    assert "6 of 6" in qwen_stage("decode", "run").err
+
+
+def changed(checkpoint: Path, target: Path, component: str) -> Path:
+    """A copy of a checkpoint with one number of one component changed."""
+    shutil.copytree(checkpoint, target)
+    if component == "scheduler":
+        path = target / "scheduler/scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "shift": 1.5, "use_dynamic_shifting": False}))
+        return target
+    path = next((target / component).glob("*.safetensors"))
+    tensors = load_file(path)
+    next(iter(tensors.values())).flat[0] += 1
+    save_file(tensors, path, {"format": "pt"})
+    return target
+
+
+def test_whatever_determines_a_picture_is_in_its_key(qwen_stage, tmp_path, small_model):
+    """Changing any one thing makes a new picture, and never finds the old one."""
+    base = {"--size": "32x32", "--steps": "2", "--cfg": "3", "--seed": "1", "--dtype": "float32"}
+    others = {"--size": "32x48", "--steps": "3", "--cfg": "2", "--seed": "2", "--dtype": "bfloat16"}
+
+    def make(run: str, model: Path, settings: dict[str, str], prompt: str = "a", negative: str = "n") -> set[str]:
+        (tmp_path / "p.txt").write_text(prompt)
+        encoded = qwen_stage("encode", "p.txt", f"--out={run}", f"--model={model}", f"--negative-prompt={negative}")
+        assert encoded.code == 0, encoded.err
+        options = [f"{name}={value}" for name, value in settings.items()]
+        assert qwen_stage("denoise", f"--embeddings={run}", *options).code == 0
+        manifest, _ = store.read_manifest(tmp_path / run / "latents", LatentsManifest)
+        return {item.key for item in manifest.items}
+
+    made = make("run", small_model, base)
+    for count, (name, value) in enumerate(others.items(), 2):
+        made = make("run", small_model, {**base, name: value})
+        assert len(made) == count, name
+    for prompt, negative in (("b", "n"), ("a", "m")):
+        more = make(f"run-{prompt}{negative}", small_model, base, prompt, negative)
+        assert not more & made
+        made |= more
+    for component in ("text_encoder", "transformer", "scheduler"):
+        more = make(f"run-{component}", changed(small_model, tmp_path / component, component), base)
+        assert not more & made, component
+        made |= more
+
+
+def test_whatever_determines_pixels_is_in_their_key(qwen_stage, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a")
+    model = changed(small_model, tmp_path / "model", "vae")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    qwen_stage("denoise", "--embeddings=run", "--size=32x32", "--steps=1")
+    made = []
+    for options in ([], ["--dtype=bfloat16"]):
+        made += qwen_stage("decode", "run", *options).out
+    result = qwen_stage("decode", "run", f"--model={model}")
+    assert (result.code, len(set(made))) == (2, 2)
+    assert "another vae" in result.err
+
+
+def test_one_damaged_picture_does_not_stop_the_others(qwen_stage, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    qwen_stage("denoise", "--embeddings=run", "--size=32x32", "--steps=1")
+    manifest, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    (tmp_path / "run/latents" / manifest.items[0].files[0].path).write_bytes(b"damaged")
+    result = qwen_stage("decode", "run")
+    assert result.code == 3
+    assert [Path(path).name for path in result.out] == ["0001-b-s42.png"]
+    assert "failed: " in result.err
+
+
+def test_a_second_run_in_one_directory_prints_its_own_pictures(qwen_stage_process, tmp_path, small_model):
+    options = [f"--model={small_model}", "--size=32x32", "--steps=1", "--out=run"]
+    assert len(qwen_stage_process("run", "a", *options).out) == 1
+    second = qwen_stage_process("run", "b", *options)
+    assert [Path(path).name for path in second.out] == ["0002-b-s42.png"]
+    third = qwen_stage_process("run", "a", *options, "--seed", "1", "2")
+    assert [Path(path).name for path in third.out] == ["0003-a-s1.png", "0004-a-s2.png"]
+
+
+def test_stages_in_the_current_directory(qwen_stage, tmp_path, small_model, monkeypatch):
+    (tmp_path / "p.txt").write_text("a")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    monkeypatch.chdir(tmp_path / "run/embeddings")
+    assert qwen_stage("denoise", "--embeddings=.", "--size=32x32", "--steps=1").code == 0
+    monkeypatch.chdir(tmp_path / "run/latents")
+    assert qwen_stage("decode", ".").code == 0
+    assert (tmp_path / "run/images/0001-a-s42.png").exists()
 
 
 def test_damaged_latents_are_made_again(qwen_stage, tmp_path, small_model):
@@ -185,20 +280,43 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, qwen_stage, small_mode
     assert "1 of 1 pictures are denoised already" in result.err
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_a_run_interrupts_its_stage(tmp_path, small_model, stop):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("terminal", [True, False], ids=["whole group", "parent alone"])
+def test_interrupting_a_run_interrupts_its_stage(tmp_path, small_model, stop, terminal):
+    """A terminal signals the whole process group, other programs the parent alone."""
     settings = [f"--model={small_model}", "--size=64x64", "--steps=20", "--out=run"]
     command = [sys.executable, "-P", "-m", "orchestrator.cli", "run", "a", *settings, "--seed", *map(str, range(500))]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     manifest = tmp_path / "run/latents/manifest.json"
     while not manifest.exists() and child.poll() is None:
         time.sleep(0.02)
-    os.kill(child.pid, stop)
+    (os.killpg if terminal else os.kill)(child.pid, stop)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (130, b"")
+    assert err.count(b"interrupted") == 1
     assert b"Traceback" not in err
     with store.exclusive(tmp_path / "run/latents"):  # the stage is gone, and so is its lock
         assert 1 <= len(latents_of(tmp_path / "run")) < 500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the child in /proc")
+def test_a_stage_that_is_killed_is_reported(tmp_path, small_model):
+    """As the kernel does when memory ends."""
+    settings = [f"--model={small_model}", "--size=64x64", "--steps=20", "--out=run"]
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "run", "a", *settings, "--seed", *map(str, range(500))]
+    parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "run/latents/manifest.json").exists() and parent.poll() is None:
+        time.sleep(0.02)
+    (stage,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    os.kill(int(stage), signal.SIGKILL)
+    out, err = parent.communicate(timeout=60)
+    assert (parent.returncode, out) == (137, b"")
+    assert b"denoise was killed by SIGKILL (out of memory?)" in err
+    qwen_stage = [sys.executable, "-P", "-m", "orchestrator.cli", "denoise", "--embeddings=run", "--seed=0"]
+    subprocess.run([*qwen_stage, "--size=64x64", "--steps=20"], cwd=tmp_path, check=True, capture_output=True)
+    assert list((tmp_path / "run").rglob(".tmp*")) == []  # what the killed one left is tidied by the next
 
 
 def test_the_parent_of_a_run_never_imports_mlx(tmp_path, small_model):

@@ -43,7 +43,7 @@ def published(tmp_path):
     latents = np.random.default_rng(0).standard_normal((16, 8, 8)).astype(np.float32)
     files = store.publish(tmp_path, f"{'a' * 32}.zarr", lambda path: store.write_latents(path, latents))
     item = latents_item(latents, files)
-    store.write_manifest(tmp_path, LatentsManifest(created_by="test", model=MODEL, items=(item,)))
+    store.write_manifest(tmp_path, LatentsManifest(versions={}, model=MODEL, items=(item,)))
     return tmp_path, item, latents
 
 
@@ -121,7 +121,7 @@ def test_files_that_are_not_what_was_written(published, damage):
 @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../outside", ""])
 def test_paths_that_leave_the_directory_are_refused(tmp_path, path):
     with pytest.raises(UserError, match="leaves the directory"):
-        store.verify(tmp_path, (File(path=path, size=0, sha256=SHA),))
+        store.verify(tmp_path, (File(path=path, size=0, sha256=SHA),), LatentsManifest)
 
 
 def test_not_finite_latents_are_refused(tmp_path):
@@ -140,7 +140,7 @@ def test_not_finite_latents_are_refused(tmp_path):
         (b"[" * 100_000, "damaged"),
         (b'{"schema": "qwen-stage/latents/2"}', "newer qwen-stage .*upgrade"),
         (b'{"schema": "qwen-stage/images/1"}', "holds images, not latents"),
-        (b'{"schema": "qwen-stage/latents/1", "created_by": "x", "items": []}', "damaged: .*model"),
+        (b'{"schema": "qwen-stage/latents/1", "versions": {}, "items": []}', "damaged: .*model"),
     ],
 )
 def test_manifests_that_cannot_be_read(tmp_path, content, message):
@@ -149,10 +149,32 @@ def test_manifests_that_cannot_be_read(tmp_path, content, message):
         store.read_manifest(tmp_path, LatentsManifest)
 
 
+def test_a_manifest_that_could_not_be_read_is_not_published(published):
+    directory, item, _ = published
+    broken = LatentsManifest(versions={}, model=MODEL, items=(msgspec.structs.replace(item, num_inference_steps=0),))
+    with pytest.raises(msgspec.ValidationError):
+        store.write_manifest(directory, broken)
+    store.read_manifest(directory, LatentsManifest)
+
+
+@pytest.mark.parametrize("change", ["no files", "more files", "another shape", "a huge shape"])
+def test_arrays_that_we_would_not_write(published, change):
+    directory, item, _ = published
+    (directory / "more").write_bytes(b"")
+    changed = {
+        "no files": {"files": ()},
+        "more files": {"files": (*item.files, File(path="more", size=0, sha256=keys.sha256(b"")))},
+        "another shape": {"shape": (16, 4, 16)},
+        "a huge shape": {"shape": (10**6, 10**6, 10**6)},
+    }[change]
+    with pytest.raises(UserError, match=r"not an array|another shape"):
+        store.read_latents(directory, msgspec.structs.replace(item, **changed))
+
+
 def test_unknown_fields_in_a_manifest_are_refused(published):
     directory, _, _ = published
     path = directory / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(b'"created_by"', b'"surprise": 1, "created_by"', 1))
+    path.write_bytes(path.read_bytes().replace(b'"versions"', b'"surprise": 1, "versions"', 1))
     with pytest.raises(UserError, match="surprise"):
         store.read_manifest(directory, LatentsManifest)
 
@@ -160,7 +182,7 @@ def test_unknown_fields_in_a_manifest_are_refused(published):
 def test_find_takes_a_run_or_the_artifact_itself(tmp_path):
     directory = tmp_path / "run1" / "images"
     directory.mkdir(parents=True)
-    store.write_manifest(directory, ImagesManifest(created_by="test", model=MODEL, items=()))
+    store.write_manifest(directory, ImagesManifest(versions={}, model=MODEL, items=()))
     assert store.find(tmp_path / "run1", ImagesManifest) == store.find(directory, ImagesManifest) == directory
     with pytest.raises(UserError, match="holds no latents; make them with `qwen-stage denoise`"):
         store.find(tmp_path / "run1", LatentsManifest)
@@ -201,17 +223,17 @@ def test_keys_do_not_depend_on_the_order_of_fields(fields):
 
 def test_fingerprints_see_every_sampled_block(tmp_path):
     path = tmp_path / "weights.safetensors"
-    blocks = 2 * keys.SAMPLE_BLOCKS
-    path.write_bytes(os.urandom(blocks * keys.SAMPLE_BLOCK_BYTES))
+    step = 2 * keys.SAMPLE_BLOCK_BYTES  # the blocks lie this far apart in a file of this size
+    path.write_bytes(bytes((keys.SAMPLE_BLOCKS - 1) * step + keys.SAMPLE_BLOCK_BYTES))
+    seen = {keys.fingerprint([path])}
+    assert seen == {keys.fingerprint([path])}
+    for block in range(keys.SAMPLE_BLOCKS):
+        with path.open("r+b") as file:
+            file.seek(block * step + 12345)
+            file.write(b"x")
+        seen.add(keys.fingerprint([path]))
+    assert len(seen) == keys.SAMPLE_BLOCKS + 1
     before = keys.fingerprint([path])
-    assert before == keys.fingerprint([path])
-    with path.open("r+b") as file:  # training changes all weights: one bit in each block stands for that
-        for block in range(blocks):
-            file.seek(block * keys.SAMPLE_BLOCK_BYTES + 12345)
-            byte = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte[0] ^ 1]))
-    assert keys.fingerprint([path]) != before
     path.rename(tmp_path / "other.safetensors")
     assert keys.fingerprint([tmp_path / "other.safetensors"]) != before
 

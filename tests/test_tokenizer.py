@@ -67,6 +67,9 @@ def test_prompts_survive_decoding():
         ("merges.txt", "one two three\n", "damaged"),
         ("merges.txt", "no such\n", "damaged"),
         ("tokenizer_config.json", "[]", "damaged"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"0": "x"}}', "damaged"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"0": {}}}', "damaged"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"0": {"content": "<|other|>"}}}', "not token 0"),
     ],
 )
 def test_damaged_files(tmp_path, file, content, message):

@@ -29,13 +29,15 @@ class TextEncoderConfig:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
         if self.use_sliding_window:
             raise ValueError("use_sliding_window is not supported")
+        if min(self.num_attention_heads, self.num_key_value_heads) < 1:
+            raise ValueError("num_attention_heads and num_key_value_heads must be positive")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("hidden_size, num_attention_heads and num_key_value_heads do not divide evenly")
 
     @classmethod
     def fields_of(cls, config: dict) -> dict:
         """Flattens the spellings of the transformers versions: nested `text_config`, `rope_parameters`."""
-        fields = {**config, **config.get("text_config", {})}
+        fields = {**config, **(config.get("text_config") or {})}
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "mrope"):

@@ -14,7 +14,6 @@ import mlx.nn as nn
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000
-ROPE_POSITIONS = 4096  # the reference tabulates this many; sizes beyond were never seen in training
 TIME_PROJ_DIM = 256
 TIME_SCALE = 1000
 TIME_MAX_PERIOD = 10_000
@@ -233,7 +232,7 @@ class QwenImageTransformer2DModel(nn.Module):
         columns = mx.arange(width) - (width - width // 2)
         shape = (height, width)
         image = [mx.zeros(shape), mx.broadcast_to(rows[:, None], shape), mx.broadcast_to(columns[None], shape)]
-        start = text_start(height, width)
+        start = max(height // 2, width // 2)
         text = mx.concatenate([mx.arange(start, start + length) for length in txt_seq_lens])
         return ImageTextRotary(self._rotary([axis.flatten() for axis in image]), self._rotary([text] * 3))
 
@@ -249,11 +248,6 @@ class QwenImageTransformer2DModel(nn.Module):
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         return weights
-
-
-def text_start(height: int, width: int) -> int:
-    """The position of a prompt's first token beside an image of height x width tokens."""
-    return max(height // 2, width // 2)
 
 
 def pack_latents(latents: mx.array) -> mx.array:
