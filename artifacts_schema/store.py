@@ -176,23 +176,53 @@ def read_latents(directory: Path, item: LatentsItem) -> "np.ndarray":
     return latents
 
 
-def make_directory(path: Path) -> None:
-    """Makes a directory for results, or says why it cannot hold any."""
+@contextlib.contextmanager
+def run_directory(out: Path | None) -> Iterator[Path]:
+    """The run to write into: `out`, or the next free `run<N>`, which goes again if nothing gets published in it."""
+    if out is not None:
+        yield out
+        return
+    run = _next_run(Path.cwd()).relative_to(Path.cwd())
+    try:
+        yield run
+    finally:
+        if not any(run.rglob(MANIFEST)):
+            shutil.rmtree(run, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[Path]:
+    """Makes an artifact's directory and lets one process write to it at a time.
+
+    The lock goes with the process, however that ends; what one left half-written goes with the next.
+    """
+    _make_directory(directory)
+    with (directory / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another qwen-stage is writing to {directory}; wait for it or choose --out") from None
+        for leftover in directory.glob(f"{TEMPORARY}*"):
+            _remove(leftover)
+        yield directory
+
+
+def _make_directory(path: Path) -> None:
     try:
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for made in missing:
             _sync(made.parent)  # or a power cut takes the directory with everything in it
-    except FileExistsError:
-        raise UserError(f"{path} is a file; choose another --out") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path} or a part of it is a file; choose another --out") from None
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {path}: permission denied; choose another --out")
 
 
-def next_run(parent: Path) -> Path:
-    """Makes the next free `run<N>` directory; two processes never get the same."""
+def _next_run(parent: Path) -> Path:
+    """Makes the next free `run<N>`; two processes never get the same."""
     taken = [int(path.name[3:]) for path in parent.glob("run*") if path.name[3:].isdecimal()]
     number = max(taken, default=0) + 1
     while True:
@@ -205,19 +235,6 @@ def next_run(parent: Path) -> Path:
             number += 1
         except OSError as error:
             raise UserError(f"cannot make a run directory in {parent}: {error.strerror}; choose --out") from None
-
-
-@contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """One writer an artifact. The lock goes with the process, however that ends; what one left half-written, too."""
-    with (directory / ".lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another qwen-stage is writing to {directory}; wait for it or choose --out") from None
-        for leftover in directory.glob(f"{TEMPORARY}*"):
-            _remove(leftover)
-        yield
 
 
 def _describe(temporary: Path, name: str) -> tuple[File, ...]:

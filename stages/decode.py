@@ -40,9 +40,7 @@ def decode(
     checkpoint = open_checkpoint(model or manifest.model.name)
     checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
 
-    directory = (out or store.run_of(source)) / ImagesManifest.kind
-    store.make_directory(directory)
-    with store.exclusive(directory):
+    with store.writing((out or store.run_of(source)) / ImagesManifest.kind) as directory:
         before = store.read_manifest_if_any(directory, ImagesManifest)
         done = {item.key: item for item in before.items} if before else {}
         inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), manifest_id)))

@@ -96,9 +96,7 @@ def denoise(
     if any(not job.settings.guided and job.item.negative_prompt.strip() for job in jobs):
         notice("negative prompts are not used where cfg is 1 or less")
 
-    directory = (out or store.run_of(source)) / LatentsManifest.kind
-    store.make_directory(directory)
-    with store.exclusive(directory):
+    with store.writing((out or store.run_of(source)) / LatentsManifest.kind) as directory:
         latents = store.read_manifest_if_any(directory, LatentsManifest)
         if latents is None:
             latents = LatentsManifest(versions=versions(), model=checkpoint.model, items=())

@@ -1,6 +1,5 @@
 """prompts -> prompt_embeds: the first stage. Holds Qwen-Image's prompt template."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,19 +65,14 @@ def encode(
     for prompt, negative in zip(prompts, negatives, strict=True):
         tokens = max(len(encodings[text].ids) - encodings[text].drop for text in (prompt.prompt, negative))
         _check_size(prompt, tokens, checkpoint)
-    before = _read_before(out, checkpoint)
-    kept = {embedding.key: embedding for embedding in before.embeddings} if before else {}
-    todo = [encoding for encoding in encodings.values() if encoding.key not in kept]
-    if len(todo) < len(encodings):
-        notice(f"{len(encodings) - len(todo)} of {len(encodings)} texts are encoded already")
-    model = _load(checkpoint, compute) if todo else None
-
-    run = out or store.next_run(Path.cwd())
-    directory = run / EmbeddingsManifest.kind
-    store.make_directory(directory)
-    with store.exclusive(directory):
-        for embedding in _embed(model, todo, directory, report):
-            kept[embedding.key] = embedding
+    with store.run_directory(out) as run, store.writing(run / EmbeddingsManifest.kind) as directory:
+        before = _read_before(directory, checkpoint)
+        kept = {embedding.key: embedding for embedding in before.embeddings} if before else {}
+        todo = [encoding for encoding in encodings.values() if encoding.key not in kept]
+        if len(todo) < len(encodings):
+            notice(f"{len(encodings) - len(todo)} of {len(encodings)} texts are encoded already")
+        if todo:
+            kept |= _embed(_load(checkpoint, compute), todo, directory, report)
         items = [
             PromptItem(
                 prompt=prompt.prompt,
@@ -111,11 +105,10 @@ def _check_size(prompt: Prompt, tokens: int, checkpoint: Checkpoint) -> None:
             raise UserError(f"prompt {_short(prompt.prompt)}: {error}") from None
 
 
-def _read_before(out: Path | None, checkpoint: Checkpoint) -> EmbeddingsManifest | None:
+def _read_before(directory: Path, checkpoint: Checkpoint) -> EmbeddingsManifest | None:
     """What the run holds already, less the embeddings that are not whole any more."""
-    directory = out / EmbeddingsManifest.kind if out else None
-    before = store.read_manifest_if_any(directory, EmbeddingsManifest) if directory else None
-    if directory is None or before is None:
+    before = store.read_manifest_if_any(directory, EmbeddingsManifest)
+    if before is None:
         return None
     checkpoint.check_made_with(
         before.model, ("tokenizer", "text_encoder"), f"the embeddings already in {directory} were"
@@ -159,14 +152,11 @@ def _load(checkpoint: Checkpoint, compute: "mx.Dtype") -> "TextEncoder":
     return model
 
 
-def _embed(
-    model: "TextEncoder | None", encodings: list[Encoding], directory: Path, report: Report
-) -> Iterator[Embedding]:
-    """Publishes prompt_embeds and their mask for each text, and describes them."""
-    if model is None:
-        return
+def _embed(model: "TextEncoder", encodings: list[Encoding], directory: Path, report: Report) -> dict[str, Embedding]:
+    """Publishes prompt_embeds and their mask for each text, and describes them by key."""
     import mlx.core as mx
 
+    embeddings = {}
     vocab_size = model.embed_tokens.weight.shape[0]
     report("encode", 0, len(encodings))
     for done, encoding in enumerate(encodings, 1):
@@ -180,8 +170,10 @@ def _embed(
         tokens, dim = prompt_embeds.shape
         tensors = {"prompt_embeds": prompt_embeds, "prompt_embeds_mask": mx.ones(tokens, dtype=mx.bool_)}
         (file,) = store.publish(directory, f"{encoding.key}.safetensors", partial(_write, tensors=tensors))
-        yield Embedding(key=encoding.key, tokens=tokens, dim=dim, dtype=dtype_name(prompt_embeds.dtype), file=file)
+        dtype = dtype_name(prompt_embeds.dtype)
+        embeddings[encoding.key] = Embedding(key=encoding.key, tokens=tokens, dim=dim, dtype=dtype, file=file)
         report("encode", done, len(encodings))
+    return embeddings
 
 
 def _write(path: Path, tensors: "dict[str, mx.array]") -> None:

@@ -333,6 +333,16 @@ def test_arguments_that_are_not_utf8(qwen_stage):
         assert "not UTF-8" in result.err
 
 
+def test_a_failed_encode_leaves_no_run(qwen_stage, tmp_path, small_model):
+    model = tmp_path / "model"
+    shutil.copytree(small_model, model)
+    path = model / "text_encoder/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (tmp_path / "prompts.txt").write_text("a")
+    assert_one_clear_line(qwen_stage("encode", "prompts.txt", f"--model={model}"), "model.safetensors", "cut short")
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_debug_shows_the_traceback(qwen_stage):
     result = qwen_stage("encode", "nowhere.txt", "--debug")
     assert result.code == 2

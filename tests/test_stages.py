@@ -297,7 +297,7 @@ def test_interrupting_a_run_interrupts_its_stage(tmp_path, small_model, stop, te
     assert (child.returncode, out) == (130, b"")
     assert err.count(b"interrupted") == 1
     assert b"Traceback" not in err
-    with store.exclusive(tmp_path / "run/latents"):  # the stage is gone, and so is its lock
+    with store.writing(tmp_path / "run/latents"):  # the stage is gone, and so is its lock
         assert 1 <= len(latents_of(tmp_path / "run")) < 500
 
 

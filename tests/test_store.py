@@ -190,17 +190,40 @@ def test_find_takes_a_run_or_the_artifact_itself(tmp_path):
         store.find(tmp_path / "run2", LatentsManifest)
 
 
-def test_next_run_counts_on(tmp_path):
+def test_new_runs_count_on_and_go_again_when_nothing_came_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "run7").mkdir()
     (tmp_path / "runabout").mkdir()
-    assert [store.next_run(tmp_path).name for _ in range(2)] == ["run8", "run9"]
+    for fate in ("fails", "works"):
+        try:
+            with store.run_directory(None) as run, store.writing(run / "images") as directory:
+                assert run.name == "run8"
+                if fate == "fails":
+                    raise UserError("no")
+                store.write_manifest(directory, ImagesManifest(versions={}, model=MODEL, items=()))
+        except UserError:
+            assert not run.exists()
+    with store.run_directory(None) as run:
+        assert run.name == "run9"
 
 
 def test_one_writer_an_artifact(tmp_path):
-    with store.exclusive(tmp_path), pytest.raises(UserError, match="another qwen-stage"), store.exclusive(tmp_path):
+    with (
+        store.writing(tmp_path / "images"),
+        pytest.raises(UserError, match="another qwen-stage"),
+        store.writing(tmp_path / "images"),
+    ):
         pass
-    with store.exclusive(tmp_path):
+    with store.writing(tmp_path / "images"):
         pass
+
+
+def test_what_a_killed_process_left_is_tidied(tmp_path):
+    (tmp_path / ".tmp-1-abc-x.zarr/c").mkdir(parents=True)
+    (tmp_path / ".tmp-1-abc-manifest.json").write_text("half")
+    (tmp_path / "kept.png").write_text("whole")
+    with store.writing(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "kept.png"]
 
 
 plain = st.recursive(
