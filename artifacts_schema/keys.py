@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 KEY_LENGTH = 32  # hex digits, 128 bits: short enough for file names, long enough never to collide
-SAMPLE_BLOCKS = 16  # content blocks read from each weight file; a 40 GB component is identified by 16 MB a file at most
-SAMPLE_BLOCK_BYTES = 1 << 20
+SAMPLE_BLOCKS = 16  # content blocks read from each weight file: 1 MB a file, however large the component
+SAMPLE_BLOCK_BYTES = 1 << 16
 
 
 def sha256(data: bytes | memoryview) -> str:

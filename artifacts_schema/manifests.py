@@ -61,11 +61,22 @@ class PromptItem(Record, frozen=True, kw_only=True):
     settings: Settings = Settings()
 
 
+class EmbeddingV1(Record, frozen=True, kw_only=True):
+    """An embedding as qwen-stage/embeddings/1 had it."""
+
+    key: Key
+    tokens: Positive
+    dim: Positive
+    dtype: str
+    file: File
+
+
 class Embedding(Record, frozen=True, kw_only=True):
     """prompt_embeds [tokens, dim] and prompt_embeds_mask [tokens], unpadded, in one safetensors file."""
 
     key: Key
     tokens: Positive
+    prompt_tokens: Positive  # before the prompt was cut off to `tokens`
     dim: Positive
     dtype: str
     file: File
@@ -112,13 +123,37 @@ class Manifest(Record, frozen=True, tag_field="schema", kw_only=True):
     """The commit mark of an artifact: what it holds, made from what, with what, at what cost."""
 
     kind: ClassVar[str]  # also the directory's name inside a run
+    older: ClassVar[tuple[type["Manifest"], ...]] = ()  # versions that can still be read: each upgrades to the next
     versions: dict[str, str]  # of qwen-stage, Python and MLX
     model: Model
     inputs: tuple[Sha256, ...] = ()  # manifest ids of what it was made from
 
 
-class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/1", kw_only=True):
+class EmbeddingsManifestV1(Manifest, frozen=True, tag="qwen-stage/embeddings/1", kw_only=True):
     kind: ClassVar[str] = "embeddings"
+    items: tuple[PromptItem, ...]
+    embeddings: tuple[EmbeddingV1, ...]
+    cost: Cost
+
+    def upgrade(self) -> "EmbeddingsManifest":
+        """Version 1 did not say whether a prompt was cut off; what was counted is what was kept."""
+        embeddings = tuple(
+            Embedding(key=e.key, tokens=e.tokens, prompt_tokens=e.tokens, dim=e.dim, dtype=e.dtype, file=e.file)
+            for e in self.embeddings
+        )
+        return EmbeddingsManifest(
+            versions=self.versions,
+            model=self.model,
+            inputs=self.inputs,
+            items=self.items,
+            embeddings=embeddings,
+            cost=self.cost,
+        )
+
+
+class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/2", kw_only=True):
+    kind: ClassVar[str] = "embeddings"
+    older: ClassVar[tuple[type[Manifest], ...]] = (EmbeddingsManifestV1,)
     items: tuple[PromptItem, ...]
     embeddings: tuple[Embedding, ...]
     cost: Cost

@@ -14,7 +14,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import msgspec
 
@@ -90,7 +90,9 @@ def read_manifest(directory: Path, kind: type[M]) -> tuple[M, str]:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise UserError(f"{path} is larger than any manifest may be; it is not one of ours")
         data = path.read_bytes()
-        manifest = msgspec.json.decode(data, type=kind)
+        manifest: Any = msgspec.json.decode(data, type=Union[(kind, *kind.older)])
+        while not isinstance(manifest, kind):
+            manifest = manifest.upgrade()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     # bad UTF-8 and deep nesting escape msgspec's own exception

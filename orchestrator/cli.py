@@ -182,6 +182,35 @@ def _pictures(run: Path, prompts: list[str], seeds: tuple[int, ...] | None) -> l
     return [directory / item.file.path for item in wanted]
 
 
+def _cache_show(args: argparse.Namespace) -> int:
+    from artifacts_schema import cache
+
+    entries = cache.entries()
+    print(f"{len(entries)} embeddings, {_megabytes(sum(entry.size for entry in entries))}")
+    print(cache.root())
+    return EXIT_DONE
+
+
+def _cache_verify(args: argparse.Namespace) -> int:
+    from artifacts_schema import cache
+
+    damaged = [entry for entry in cache.entries() if cache.get(entry.key, _notice, used=False) is None]
+    print(f"{len(cache.entries())} embeddings are whole, {len(damaged)} were damaged and are set aside")
+    return EXIT_SOME_FAILED if damaged else EXIT_DONE
+
+
+def _cache_trim(args: argparse.Namespace) -> int:
+    from artifacts_schema import cache
+
+    removed, freed = cache.trim(cache.parse_bytes(args.max_size))
+    print(f"removed {removed} embeddings, {_megabytes(freed)}")
+    return EXIT_DONE
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
 def _option(name: str, value: object) -> list[str]:
     return [] if value is None else [f"{name}={value}"]
 
@@ -300,6 +329,14 @@ def _parser() -> argparse.ArgumentParser:
     denoise = commands.add_parser("denoise", parents=[common, denoising], help="embeddings to latents")
     denoise.add_argument("--embeddings", type=_path, required=True, metavar="DIR", help="a run or its embeddings/")
     denoise.set_defaults(command=_denoise)
+
+    cache = commands.add_parser("cache", help="the embeddings that all runs share")
+    actions = cache.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("show", help="where it is and how large").set_defaults(command=_cache_show, debug=False)
+    actions.add_parser("verify", help="check every entry").set_defaults(command=_cache_verify, debug=False)
+    trim = actions.add_parser("trim", help="remove what was not used for longest")
+    trim.add_argument("--max-size", required=True, metavar="SIZE", help="what may remain, as in 20GB; 0 empties it")
+    trim.set_defaults(command=_cache_trim, debug=False)
 
     decode = commands.add_parser("decode", parents=[common], help="latents to PNG")
     decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")

@@ -4,8 +4,10 @@ The layout is that of `Qwen/Qwen-Image`: `model_index.json`, `scheduler/ text_en
 """
 
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +27,7 @@ DEMO_DIRECTORY = Path(__file__).parent / "tiny"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+CUDA_BACKENDS = ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda")
 SHOWN_NAMES = 3  # of tensors, in an error
 MAX_POSITIONS = 4096  # the reference's RoPE tables end there; the transformer never saw positions beyond
 REAL_MODEL_HINT = "choose a real one with --model, for example --model Qwen/Qwen-Image-2512"
@@ -54,6 +57,7 @@ class Shape:
 class Checkpoint:
     name: str  # as manifests record it: the demo's name or an absolute path
     directory: Path
+    _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # reading takes a moment
 
     def component(self, name: str) -> Path:
         path = self.directory / name
@@ -72,14 +76,15 @@ class Checkpoint:
             raise UserError(f"{path}: {error}") from None
 
     def fingerprint(self, component: str) -> str:
-        suffixes = (".json", ".txt") if component == "tokenizer" else (".json", WEIGHTS_SUFFIX)
-        directory = self.component(component)
-        return keys.fingerprint([path for path in directory.iterdir() if path.suffix in suffixes and path.is_file()])
+        if component not in self._fingerprints:
+            suffixes = (".json", ".txt") if component == "tokenizer" else (".json", WEIGHTS_SUFFIX)
+            files = [path for path in self.component(component).iterdir() if path.suffix in suffixes]
+            self._fingerprints[component] = keys.fingerprint([path for path in files if path.is_file()])
+        return self._fingerprints[component]
 
-    @cached_property
-    def model(self) -> manifests.Model:
+    def model(self, *components: str) -> manifests.Model:
         """How manifests name this checkpoint. A component that is not there has no fingerprint."""
-        present = [name for name in COMPONENTS if (self.directory / name).is_dir()]
+        present = [name for name in components if (self.directory / name).is_dir()]
         return manifests.Model(name=self.name, fingerprints={name: self.fingerprint(name) for name in present})
 
     @cached_property
@@ -120,8 +125,9 @@ class Checkpoint:
 
     def check_made_with(self, made_with: manifests.Model, components: tuple[str, ...], what: str) -> None:
         """Raises when an artifact comes from other weights than these."""
+        here = self.model(*components)
         for component in components:
-            if made_with.fingerprints.get(component) != self.model.fingerprints.get(component):
+            if made_with.fingerprints.get(component) != here.fingerprints.get(component):
                 raise UserError(
                     f"{what} made with another {component} ({made_with.name}) than that of {self.name}; "
                     "choose that model with --model, or another directory with --out"
@@ -229,14 +235,25 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def compute_dtype(name: str | None) -> "mx.Dtype":
-    """The dtype to compute in: bfloat16 on GPUs, float32 on CPUs, where bfloat16 is many times slower."""
+def default_dtype() -> str:
+    """What to compute in: bfloat16 on GPUs, float32 on CPUs, where bfloat16 is many times slower.
+
+    Told from what is installed: asking MLX would mean importing it, which a fully cached `encode` never does.
+    """
+    if sys.platform == "darwin" or any(find_distribution(name) for name in CUDA_BACKENDS):
+        return "bfloat16"
+    return "float32"
+
+
+def find_distribution(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def mlx_dtype(name: str) -> "mx.Dtype":
     import mlx.core as mx
 
-    if name is None:
-        return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     return {"bfloat16": mx.bfloat16, "float32": mx.float32}[name]
-
-
-def dtype_name(dtype: "mx.Dtype") -> str:
-    return str(dtype).removeprefix("mlx.core.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from artifacts_schema import keys, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import ImageItem, ImagesManifest, LatentsItem, LatentsManifest
-from stages.checkpoint import Checkpoint, compute_dtype, load_weights, open_checkpoint
+from stages.checkpoint import Checkpoint, load_weights, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def decode(
             )
             # after every picture, so that an interruption loses none
             images = ImagesManifest(
-                versions=versions(), model=checkpoint.model, inputs=inputs, items=tuple(done.values())
+                versions=versions(), model=checkpoint.model("vae"), inputs=inputs, items=tuple(done.values())
             )
             store.write_manifest(directory, images)
             report("decode", number, len(todo))
@@ -85,7 +85,7 @@ def decode(
 
 
 def _key(item: LatentsItem, checkpoint: Checkpoint, dtype: str) -> str:
-    vae = checkpoint.model.fingerprints.get("vae")
+    vae = checkpoint.fingerprint("vae")
     return keys.key({"latents": item.key, "vae": vae, "dtype": dtype, "code": CODE_VERSION})
 
 
@@ -93,7 +93,7 @@ def _load_vae(checkpoint: Checkpoint, dtype: str) -> "AutoencoderKLQwenImage":
     from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 
     vae = AutoencoderKLQwenImage(checkpoint.config("vae", VAEConfig))
-    load_weights(vae, checkpoint.component("vae"), compute_dtype(dtype))
+    load_weights(vae, checkpoint.component("vae"), mlx_dtype(dtype))
     return vae
 
 

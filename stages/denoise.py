@@ -22,7 +22,7 @@ from artifacts_schema.manifests import (
     Settings,
 )
 from artifacts_schema.prompts import check_settings
-from stages.checkpoint import Checkpoint, compute_dtype, dtype_name, load_weights, open_checkpoint
+from stages.checkpoint import Checkpoint, default_dtype, load_weights, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.scheduler import SchedulerConfig
 
@@ -90,8 +90,10 @@ def denoise(
     checkpoint.check_made_with(manifest.model, ("tokenizer", "text_encoder"), f"the embeddings in {source} were")
     config = checkpoint.config("transformer", TransformerConfig)
     schedule = checkpoint.config("scheduler", SchedulerConfig, "scheduler_config.json")
-    compute = compute_dtype(dtype)
-    jobs = _jobs(manifest, checkpoint, config, check_settings(overrides), noise, dtype_name(compute))
+    dtype = dtype or default_dtype()
+    compute = mlx_dtype(dtype)
+    made_with = checkpoint.model("scheduler", "transformer", "vae")
+    jobs = _jobs(manifest, checkpoint, config, check_settings(overrides), noise, dtype)
 
     if any(not job.settings.guided and job.item.negative_prompt.strip() for job in jobs):
         notice("negative prompts are not used where cfg is 1 or less")
@@ -99,7 +101,7 @@ def denoise(
     with store.writing((out or store.run_of(source)) / LatentsManifest.kind) as directory:
         latents = store.read_manifest_if_any(directory, LatentsManifest)
         if latents is None:
-            latents = LatentsManifest(versions=versions(), model=checkpoint.model, items=())
+            latents = LatentsManifest(versions=versions(), model=made_with, items=())
         checkpoint.check_made_with(latents.model, ("transformer",), f"the latents already in {directory} were")
         done = {item.key: item for item in latents.items}
         whole = {key for key, item in done.items() if store.is_whole(directory, item.files, LatentsManifest)}
@@ -126,11 +128,9 @@ def denoise(
                     failures.append(f"{job.item.prompt!r}, {noise_from}: the latents became NaN or infinite")
                     continue
                 files = store.publish(directory, f"{job.key}.zarr", partial(store.write_latents, latents=result))
-                done[job.key] = _latents_item(job, files, cost, dtype_name(compute))
+                done[job.key] = _latents_item(job, files, cost, dtype)
             # after every batch, so that an interruption loses no finished picture
-            latents = LatentsManifest(
-                versions=versions(), model=checkpoint.model, inputs=inputs, items=tuple(done.values())
-            )
+            latents = LatentsManifest(versions=versions(), model=made_with, inputs=inputs, items=tuple(done.values()))
             store.write_manifest(directory, latents)
     return directory, failures
 
@@ -165,8 +165,8 @@ def _jobs(
             "size": [own.width, own.height],
             "steps": own.steps,
             "cfg": own.cfg if own.guided else 1.0,
-            "transformer": checkpoint.model.fingerprints.get("transformer"),
-            "scheduler": checkpoint.model.fingerprints.get("scheduler"),
+            "transformer": checkpoint.fingerprint("transformer"),
+            "scheduler": checkpoint.fingerprint("scheduler"),
             "dtype": dtype,
             "code": CODE_VERSION,
         }

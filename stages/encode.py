@@ -1,5 +1,6 @@
 """prompts -> prompt_embeds: the first stage. Holds Qwen-Image's prompt template."""
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -7,17 +8,15 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from artifacts_schema import keys, store
+from artifacts_schema import cache, keys, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import Embedding, EmbeddingsManifest, PromptItem
 from artifacts_schema.prompts import Prompt
-from stages.checkpoint import Checkpoint, compute_dtype, dtype_name, load_weights
+from stages.checkpoint import Checkpoint, default_dtype, load_weights, mlx_dtype
 from stages.measure import Notice, Report, Stopwatch, versions
 
 if TYPE_CHECKING:
     import mlx.core as mx
-
-    from stages.models.text_encoder import TextEncoder
 
 CODE_VERSION = 1  # raised whenever the same prompt would give other embeddings
 TEMPLATE_PREFIX = (
@@ -26,17 +25,17 @@ TEMPLATE_PREFIX = (
 )
 TEMPLATE_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 MAX_PROMPT_TOKENS = 1024  # what remains of a prompt after the template's prefix is dropped, its suffix included
+COMPONENTS = ("tokenizer", "text_encoder")  # of the checkpoint, that determine embeddings
 DEFAULT_NEGATIVE_PROMPT = " "  # as Qwen-Image's own examples have it
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """One distinct text: its whole token ids with the template, how many of them to drop, its key."""
+class Tokens:
+    """A text's token ids with the template around it, cut off at the limit; how many of them to drop and had it."""
 
-    text: str
     ids: list[int]
     drop: int
-    key: str
+    prompt_tokens: int  # before the cut, the template's prefix not counted
 
 
 def encode(
@@ -50,35 +49,48 @@ def encode(
     report: Report,
     notice: Notice,
 ) -> Path:
-    """Encodes prompts and their negative prompts; each distinct text once, and none that the run holds already.
+    """Encodes prompts and their negative prompts; each distinct text once, and none that the cache or the run holds.
 
     `negative_prompt` holds for prompts that bring none. Writes `out/embeddings` (a new `run<N>` without `out`),
     adding to the prompts that are there, and returns the run directory. Raises UserError for bad input before any
-    weight is read.
+    weight is read. When everything is cached, no tensor library is imported.
     """
     watch = Stopwatch()
+    dtype = dtype or default_dtype()
     default_negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     negatives = [default_negative if p.negative_prompt is None else p.negative_prompt for p in prompts]
-    compute = compute_dtype(dtype)
-    texts = list(dict.fromkeys([p.prompt for p in prompts] + negatives))
-    encodings = _tokenize(texts, checkpoint, dtype_name(compute), truncate)
+    texts = {text: _key(text, checkpoint, dtype) for text in [*(p.prompt for p in prompts), *negatives]}
+    cached = {text: entry for text, key in texts.items() if (entry := cache.get(key, notice))}
+    tokens = _tokenize([text for text in texts if text not in cached], checkpoint)
+    counts = {text: entry.prompt_tokens for text, entry in cached.items()}
+    counts |= {text: each.prompt_tokens for text, each in tokens.items()}
     for prompt, negative in zip(prompts, negatives, strict=True):
-        tokens = max(len(encodings[text].ids) - encodings[text].drop for text in (prompt.prompt, negative))
-        _check_size(prompt, tokens, checkpoint)
+        for text in (prompt.prompt, negative):
+            _check(prompt, text, counts[text], truncate, checkpoint)
+
     with store.run_directory(out) as run, store.writing(run / EmbeddingsManifest.kind) as directory:
         before = _read_before(directory, checkpoint)
-        kept = {embedding.key: embedding for embedding in before.embeddings} if before else {}
-        todo = [encoding for encoding in encodings.values() if encoding.key not in kept]
-        if len(todo) < len(encodings):
-            notice(f"{len(encodings) - len(todo)} of {len(encodings)} texts are encoded already")
+        held = {embedding.key: embedding for embedding in before.embeddings} if before else {}
+        for entry in cached.values():
+            if entry.key not in held:
+                held[entry.key] = _adopt(entry, directory)
+        todo = {text: each for text, each in tokens.items() if texts[text] not in held}
+        if len(todo) < len(texts):
+            notice(f"{len(texts) - len(todo)} of {len(texts)} texts are encoded already")
         if todo:
-            kept |= _embed(_load(checkpoint, compute), todo, directory, report)
+            with cache.lock(notice):
+                for text in list(todo):  # another process may have done it meanwhile
+                    if entry := cache.get(texts[text], notice):
+                        held[entry.key] = _adopt(entry, directory)
+                        del todo[text]
+                if todo:
+                    held |= _embed(todo, texts, checkpoint, dtype, directory, report)
         items = [
             PromptItem(
                 prompt=prompt.prompt,
                 negative_prompt=negative,
-                prompt_key=encodings[prompt.prompt].key,
-                negative_key=encodings[negative].key,
+                prompt_key=texts[prompt.prompt],
+                negative_key=texts[negative],
                 name=prompt.name,
                 settings=prompt.settings,
             )
@@ -86,21 +98,39 @@ def encode(
         ]
         manifest = EmbeddingsManifest(
             versions=versions(),
-            model=checkpoint.model,
+            model=checkpoint.model(*COMPONENTS),
             items=tuple(dict.fromkeys([*(before.items if before else ()), *items])),
-            embeddings=tuple(kept.values()),
+            embeddings=tuple(held.values()),
             cost=watch.cost(),
         )
         store.write_manifest(directory, manifest)
     return run
 
 
-def _check_size(prompt: Prompt, tokens: int, checkpoint: Checkpoint) -> None:
-    """A size that `denoise` would refuse is refused here, before the work."""
+def _key(text: str, checkpoint: Checkpoint, dtype: str) -> str:
+    return keys.key(
+        {
+            "tokenizer": checkpoint.fingerprint("tokenizer"),
+            "text_encoder": checkpoint.fingerprint("text_encoder"),
+            "dtype": dtype,
+            "template": [TEMPLATE_PREFIX, TEMPLATE_SUFFIX],
+            "code": CODE_VERSION,
+            "prompt": text,
+        }
+    )
+
+
+def _check(prompt: Prompt, text: str, prompt_tokens: int, truncate: bool, checkpoint: Checkpoint) -> None:
+    """What could not be encoded, or what `denoise` would refuse, is refused before the work."""
+    if prompt_tokens > MAX_PROMPT_TOKENS and not truncate:
+        raise UserError(
+            f"prompt {_short(text)} has {prompt_tokens} tokens, more than {MAX_PROMPT_TOKENS}; "
+            "shorten it, or cut it off there with --truncate"
+        )
     width, height = prompt.settings.width, prompt.settings.height
     if width is not None and height is not None:
         try:
-            checkpoint.check_size(width, height, tokens)
+            checkpoint.check_size(width, height, min(prompt_tokens, MAX_PROMPT_TOKENS))
         except UserError as error:
             raise UserError(f"prompt {_short(prompt.prompt)}: {error}") from None
 
@@ -110,69 +140,59 @@ def _read_before(directory: Path, checkpoint: Checkpoint) -> EmbeddingsManifest 
     before = store.read_manifest_if_any(directory, EmbeddingsManifest)
     if before is None:
         return None
-    checkpoint.check_made_with(
-        before.model, ("tokenizer", "text_encoder"), f"the embeddings already in {directory} were"
-    )
+    checkpoint.check_made_with(before.model, COMPONENTS, f"the embeddings already in {directory} were")
     whole = [each for each in before.embeddings if store.is_whole(directory, (each.file,), EmbeddingsManifest)]
     return replace(before, embeddings=tuple(whole))
 
 
-def _tokenize(texts: list[str], checkpoint: Checkpoint, dtype: str, truncate: bool) -> dict[str, Encoding]:
+def _adopt(entry: Embedding, directory: Path) -> Embedding:
+    """Copies a cache entry into the run."""
+    (file,) = store.publish(directory, f"{entry.key}.safetensors", partial(shutil.copyfile, cache.path_of(entry)))
+    return replace(entry, file=file)
+
+
+def _tokenize(texts: list[str], checkpoint: Checkpoint) -> dict[str, Tokens]:
+    if not texts:
+        return {}
     from stages.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.component("tokenizer"))
     drop = len(tokenizer.encode(TEMPLATE_PREFIX, add_special_tokens=False).ids)
-    fingerprints = checkpoint.model.fingerprints
-    encodings = {}
+    tokens = {}
     for text in texts:
         ids = tokenizer.encode(TEMPLATE_PREFIX + text + TEMPLATE_SUFFIX, add_special_tokens=False).ids
-        kept = len(ids) - drop
-        if kept > MAX_PROMPT_TOKENS and not truncate:
-            raise UserError(
-                f"prompt {_short(text)} has {kept} tokens, more than {MAX_PROMPT_TOKENS}; "
-                "shorten it, or cut it off there with --truncate"
-            )
-        determined_by = {
-            "tokenizer": fingerprints["tokenizer"],
-            "text_encoder": checkpoint.model.fingerprints.get("text_encoder"),
-            "dtype": dtype,
-            "template": [TEMPLATE_PREFIX, TEMPLATE_SUFFIX],
-            "code": CODE_VERSION,
-            "prompt": text,
-        }
-        encodings[text] = Encoding(text, ids[: drop + MAX_PROMPT_TOKENS], drop, keys.key(determined_by))
-    return encodings
+        tokens[text] = Tokens(ids[: drop + MAX_PROMPT_TOKENS], drop, len(ids) - drop)
+    return tokens
 
 
-def _load(checkpoint: Checkpoint, compute: "mx.Dtype") -> "TextEncoder":
+def _embed(
+    todo: dict[str, Tokens], texts: dict[str, str], checkpoint: Checkpoint, dtype: str, directory: Path, report: Report
+) -> dict[str, Embedding]:
+    """Publishes prompt_embeds and their mask for each text, in the run and in the cache; describes them by key."""
+    import mlx.core as mx
+
     from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 
     model = TextEncoder(checkpoint.config("text_encoder", TextEncoderConfig))
-    load_weights(model, checkpoint.component("text_encoder"), compute)
-    return model
-
-
-def _embed(model: "TextEncoder", encodings: list[Encoding], directory: Path, report: Report) -> dict[str, Embedding]:
-    """Publishes prompt_embeds and their mask for each text, and describes them by key."""
-    import mlx.core as mx
-
-    embeddings = {}
+    load_weights(model, checkpoint.component("text_encoder"), mlx_dtype(dtype))
     vocab_size = model.embed_tokens.weight.shape[0]
-    report("encode", 0, len(encodings))
-    for done, encoding in enumerate(encodings, 1):
-        if max(encoding.ids) >= vocab_size:
-            raise UserError(
-                f"the tokenizer has tokens beyond the text encoder's {vocab_size}: they do not belong together"
-            )
-        prompt_embeds = model(mx.array([encoding.ids]))[0, encoding.drop :]
+    embeddings = {}
+    report("encode", 0, len(todo))
+    for text, each in todo.items():
+        key = texts[text]
+        if max(each.ids) >= vocab_size:
+            raise UserError(f"the tokenizer has tokens beyond the text encoder's {vocab_size}; they do not match")
+        prompt_embeds = model(mx.array([each.ids]))[0, each.drop :]
         if not mx.isfinite(prompt_embeds).all().item():
-            raise UserError(f"prompt {_short(encoding.text)} gives embeddings with NaN: the text encoder is damaged")
+            raise UserError(f"prompt {_short(text)} gives embeddings with NaN: the text encoder is damaged")
         tokens, dim = prompt_embeds.shape
         tensors = {"prompt_embeds": prompt_embeds, "prompt_embeds_mask": mx.ones(tokens, dtype=mx.bool_)}
-        (file,) = store.publish(directory, f"{encoding.key}.safetensors", partial(_write, tensors=tensors))
-        dtype = dtype_name(prompt_embeds.dtype)
-        embeddings[encoding.key] = Embedding(key=encoding.key, tokens=tokens, dim=dim, dtype=dtype, file=file)
-        report("encode", done, len(encodings))
+        (file,) = store.publish(directory, f"{key}.safetensors", partial(_write, tensors=tensors))
+        embeddings[key] = Embedding(
+            key=key, tokens=tokens, prompt_tokens=each.prompt_tokens, dim=dim, dtype=dtype, file=file
+        )
+        cache.put(embeddings[key], directory / file.path)
+        report("encode", len(embeddings), len(todo))
     return embeddings
 
 

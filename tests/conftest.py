@@ -54,6 +54,14 @@ def small_model(golden) -> Path:
     return golden("square-static-shift-no-guidance").checkpoint
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """Every test starts with an empty cache of its own."""
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("QWEN_STAGE_CACHE", str(directory))
+    return directory
+
+
 @pytest.fixture
 def qwen_stage(capsys, monkeypatch, tmp_path) -> Callable[..., Result]:
     """qwen_stage("encode", …): the command, run inside this process, in an empty current directory."""

@@ -1,0 +1,174 @@
+"""The embedding cache: hit, miss, mixed, damaged, shared, trimmed; by real commands."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+from artifacts_schema import cache, store
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import EmbeddingsManifest
+
+
+def write(path: Path, *prompts: str) -> Path:
+    path.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    return path
+
+
+def embeddings(run: Path) -> dict[str, bytes]:
+    manifest, _ = store.read_manifest(run / "embeddings", EmbeddingsManifest)
+    return {each.key: (run / "embeddings" / each.file.path).read_bytes() for each in manifest.embeddings}
+
+
+def test_hit_miss_and_mixed(qwen_stage, tmp_path, small_model):
+    write(tmp_path / "one.txt", "a", "b")
+    write(tmp_path / "two.txt", "b", "c")
+    runs = []
+    for file, run, said in (
+        ("one.txt", "miss", None),
+        ("one.txt", "hit", "3 of 3 texts are encoded already"),
+        ("two.txt", "mixed", "2 of 3 texts are encoded already"),
+    ):
+        result = qwen_stage("encode", file, f"--out={run}", f"--model={small_model}")
+        assert result.code == 0, result.err
+        assert (said in result.err) if said else ("already" not in result.err)
+        runs.append(embeddings(tmp_path / run))
+    miss, hit, mixed = runs
+    assert hit == miss
+    assert {key: data for key, data in mixed.items() if key in miss}.items() <= miss.items()
+    assert len(miss.keys() | mixed.keys()) == 4
+    denoised = qwen_stage("denoise", "--embeddings=hit", "--size=32x32", "--steps=1")
+    assert denoised.code == 0, denoised.err
+
+
+def test_a_full_hit_imports_no_tensor_library(tmp_path, small_model, own_cache):
+    write(tmp_path / "p.txt", "a", "b")
+    script = (
+        "import sys; from orchestrator.cli import main\n"
+        f"code = main(['encode', 'p.txt', '--out=' + sys.argv[1], '--model={small_model}'])\n"
+        "print(code, *sorted({'mlx', 'numpy', 'zarr', 'tokenizers', 'safetensors'} & set(sys.modules)))"
+    )
+    seen = [
+        subprocess.run([sys.executable, "-c", script, run], cwd=tmp_path, capture_output=True, text=True).stdout
+        for run in ("cold", "warm")
+    ]
+    assert "mlx" in seen[0].splitlines()[-1].split()
+    assert seen[1].splitlines()[-1] == "0"
+
+
+@pytest.mark.parametrize("damage", ["flip", "short", "record", "symlink", "swapped"])
+def test_a_damaged_entry_is_made_again(qwen_stage, tmp_path, small_model, own_cache, damage):
+    write(tmp_path / "p.txt", "a", "b")
+    assert qwen_stage("encode", "p.txt", "--out=one", f"--model={small_model}").code == 0
+    data, other = sorted(own_cache.glob("embeddings/??/*.safetensors"))[:2]
+    whole = data.read_bytes()
+    if damage == "flip":
+        data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "short":
+        data.write_bytes(whole[:-1])
+    elif damage == "record":
+        data.with_suffix(".json").write_text("{")
+    elif damage == "symlink":
+        data.unlink()
+        data.symlink_to(other)
+    else:
+        data.with_suffix(".json").write_bytes(other.with_suffix(".json").read_bytes())
+    result = qwen_stage("encode", "p.txt", "--out=two", f"--model={small_model}")
+    assert result.code == 0, result.err
+    assert "set a damaged cache entry aside" in result.err
+    assert embeddings(tmp_path / "two") == embeddings(tmp_path / "one")
+    assert list((own_cache / "damaged").iterdir())
+    assert "set a damaged" not in qwen_stage("encode", "p.txt", "--out=three", f"--model={small_model}").err
+
+
+def test_ten_encodes_on_a_cold_cache_encode_each_prompt_once(tmp_path, small_model, own_cache):
+    write(tmp_path / "p.txt", "a", "b", "c")
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "encode", "p.txt", f"--model={small_model}", "--out"]
+    children = [
+        subprocess.Popen([*command, f"run{number}"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for number in range(10)
+    ]
+    errors = [child.communicate(timeout=120)[1].decode() for child in children]
+    assert [child.returncode for child in children] == [0] * 10, errors
+    contents = [embeddings(tmp_path / f"run{number}") for number in range(10)]
+    assert contents == [contents[0]] * 10
+    made = [path for path in own_cache.rglob("*.safetensors")]
+    assert len(made) == 4
+    said = [error for error in errors if "texts are encoded already" in error or "waiting" in error]
+    assert len(said) >= 9  # all but the one that did the work
+
+
+def test_a_group_can_share_it(qwen_stage, tmp_path, small_model, own_cache):
+    """What a user adds gets the mode of the cache's own directory."""
+    own_cache.chmod(0o2775)
+    write(tmp_path / "p.txt", "a")
+    umask = os.umask(0o077)
+    try:
+        assert qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}").code == 0
+    finally:
+        os.umask(umask)
+    for path in own_cache.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o2775 if path.is_dir() else 0o664), path
+
+
+def test_without_a_cache_to_write_to_encode_still_works(qwen_stage, tmp_path, small_model, monkeypatch):
+    monkeypatch.setenv("QWEN_STAGE_CACHE", "/proc/no/cache")
+    write(tmp_path / "p.txt", "a")
+    assert qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}").code == 0
+
+
+def test_a_prompt_cut_off_once_is_not_accepted_silently(qwen_stage, tmp_path, small_model):
+    write(tmp_path / "p.txt", "word " * 1100)
+    assert qwen_stage("encode", "p.txt", "--out=one", f"--model={small_model}", "--truncate").code == 0
+    result = qwen_stage("encode", "p.txt", "--out=two", f"--model={small_model}")
+    assert result.code == 2
+    assert "tokens, more than 1024" in result.err
+    assert qwen_stage("encode", "p.txt", "--out=three", f"--model={small_model}", "--truncate").code == 0
+
+
+def test_show_verify_and_trim(qwen_stage, tmp_path, small_model, own_cache):
+    write(tmp_path / "p.txt", "a", "b", "c")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    shown = qwen_stage("cache", "show").out
+    assert shown[0].startswith("4 embeddings, ")
+    assert shown[-1] == str(own_cache)
+    assert qwen_stage("cache", "verify").out == ["4 embeddings are whole, 0 were damaged and are set aside"]
+    used = cache.entries()
+    for age, entry in enumerate(reversed(used)):
+        os.utime(own_cache / "embeddings" / entry.key[:2] / f"{entry.key[2:]}.json", (time.time() - 100 * age,) * 2)
+    survivors = {entry.key for entry in cache.entries()[2:]}
+    limit = sum(entry.size for entry in cache.entries()[2:])
+    assert qwen_stage("cache", "trim", f"--max-size={limit}").out[0].startswith("removed 2 embeddings")
+    assert {entry.key for entry in cache.entries()} == survivors
+    next(own_cache.glob("embeddings/??/*.safetensors")).write_bytes(b"x")
+    damaged = qwen_stage("cache", "verify")
+    assert (damaged.code, damaged.out) == (3, ["1 embeddings are whole, 1 were damaged and are set aside"])
+    assert qwen_stage("cache", "trim", "--max-size=0").code == 0
+    assert not cache.entries()
+    assert not list(own_cache.rglob("*.safetensors"))
+    assert qwen_stage("cache", "trim", "--max-size=lots").code == 2
+
+
+@pytest.mark.parametrize(("text", "size"), [("0", 0), ("20GB", 20 * 10**9), ("1.5 mb", 1_500_000), ("7k", 7000)])
+def test_sizes(text, size):
+    assert cache.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "inf"])
+def test_bad_sizes(text):
+    with pytest.raises(UserError, match="not a size"):
+        cache.parse_bytes(text)
+
+
+def test_version_1_of_an_embeddings_manifest_is_upgraded(tmp_path):
+    """The golden file was written by the first version's code."""
+    (tmp_path / "manifest.json").write_bytes((GOLDEN / "manifests" / "embeddings-1.json").read_bytes())
+    manifest, _ = store.read_manifest(tmp_path, EmbeddingsManifest)
+    assert [each.prompt_tokens for each in manifest.embeddings] == [each.tokens for each in manifest.embeddings]
+    assert manifest.items[0].prompt == "a red circle"
