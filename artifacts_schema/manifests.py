@@ -100,6 +100,7 @@ class LatentsItem(Record, frozen=True, kw_only=True):
     dtype: str
     shape: tuple[Positive, Positive, Positive]
     files: tuple[File, ...]
+    trajectory: tuple[File, ...] = ()  # float32 [steps + 1, C, h, w] in <key>.trajectory.zarr, where it was kept
     cost: Cost
 
     @property

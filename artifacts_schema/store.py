@@ -44,9 +44,9 @@ def publish(directory: Path, name: str, write: Callable[[Path], object]) -> tupl
     target = directory / name
     try:
         write(temporary)
-        files = _describe(temporary, name)
+        files = describe(temporary, name)
         for path in _tree(temporary):
-            _sync(path)
+            sync(path)
         if target.is_dir():  # left by a crash before its manifest was written; a rename cannot replace it
             aside = temporary.with_name(f"{temporary.name}.old")
             target.rename(aside)
@@ -54,7 +54,7 @@ def publish(directory: Path, name: str, write: Callable[[Path], object]) -> tupl
             _remove(aside)
         else:
             temporary.replace(target)
-        _sync(directory)
+        sync(directory)
     finally:
         _remove(temporary)
     return files
@@ -137,20 +137,24 @@ def is_whole(directory: Path, files: tuple[File, ...], kind: type[Manifest]) -> 
 
 def write_latents(path: Path, latents: "np.ndarray") -> None:
     """Writes one picture's latents as a zarr array of a single checksummed chunk."""
+    create_array(path, latents.shape, ())[...] = latents
+
+
+def create_array(path: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> Any:
+    """A new zarr array of float32 as all of ours are; `chunk` says how its first axes are cut, the rest stay whole."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    array = zarr.create_array(
+    return zarr.create_array(
         store=path,
-        shape=latents.shape,
-        chunks=latents.shape,
+        shape=shape,
+        chunks=(*chunk, *shape[len(chunk) :]),
         dtype="float32",
         filters=None,
         compressors=[Crc32cCodec()],  # compression would save 8%
         fill_value=float("nan"),  # an absent chunk must not pass for latents
         config={"write_empty_chunks": True},
     )
-    array[...] = latents
 
 
 def read_latents(directory: Path, item: LatentsItem) -> "np.ndarray":
@@ -214,7 +218,7 @@ def _make_directory(path: Path) -> None:
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for made in missing:
-            _sync(made.parent)  # or a power cut takes the directory with everything in it
+            sync(made.parent)  # or a power cut takes the directory with everything in it
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path} or a part of it is a file; choose another --out") from None
     except OSError as error:
@@ -231,7 +235,7 @@ def _next_run(parent: Path) -> Path:
         try:
             path = parent / f"run{number}"
             path.mkdir()
-            _sync(parent)
+            sync(parent)
             return path
         except FileExistsError:
             number += 1
@@ -239,11 +243,11 @@ def _next_run(parent: Path) -> Path:
             raise UserError(f"cannot make a run directory in {parent}: {error.strerror}; choose --out") from None
 
 
-def _describe(temporary: Path, name: str) -> tuple[File, ...]:
-    paths = sorted(path for path in _tree(temporary) if path.is_file())
+def describe(path: Path, name: str) -> tuple[File, ...]:
+    """What a file or directory holds, as a manifest lists it under `name`."""
     return tuple(
-        File(path=(Path(name) / path.relative_to(temporary)).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
-        for path in paths
+        File(path=(Path(name) / each.relative_to(path)).as_posix(), size=each.stat().st_size, sha256=_sha256(each))
+        for each in sorted(each for each in _tree(path) if each.is_file())
     )
 
 
@@ -259,7 +263,8 @@ def _tree(path: Path) -> list[Path]:
     return [*reversed(list(path.rglob("*"))), path] if path.is_dir() else [path]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Puts a file's content, or a directory's names, on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: plain fsync leaves the data in the drive's cache

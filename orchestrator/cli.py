@@ -1,12 +1,14 @@
 """The `qwen-stage` command. Thin: each sub-command imports what it needs inside itself."""
 
 import argparse
+import contextlib
 import io
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     args = _parser().parse_args(arguments)
-    _on_signals_interrupt()
+    _SIGNALS.install()
     try:
         code: int = args.command(args)
         print(end="", flush=True)
@@ -40,20 +42,36 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _on_signals_interrupt() -> None:
-    """The first signal interrupts and lets files be tidied; a second one, a moment later, exits at once."""
-    first: list[float] = []
+class _Signals:
+    """The first signal interrupts, at once or when the work has saved its state; a later second one exits at once."""
 
-    def interrupt(signum: int, frame: object) -> None:
-        if not first:
-            first.append(time.monotonic())
+    def install(self) -> None:
+        self.first: float | None = None
+        self.deferred = False
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(name) != signal.SIG_IGN:  # by nohup, or by a script's &
+                signal.signal(name, self.handle)
+
+    def handle(self, signum: int, frame: object) -> None:
+        if self.first is not None:
+            if time.monotonic() - self.first > SAME_GESTURE_SECONDS:
+                os._exit(EXIT_INTERRUPTED)
+            return
+        self.first = time.monotonic()
+        if not self.deferred:
             raise KeyboardInterrupt
-        if time.monotonic() - first[0] > SAME_GESTURE_SECONDS:
-            os._exit(EXIT_INTERRUPTED)
+        _notice("finishing this step and saving it; once more to exit at once")
 
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) != signal.SIG_IGN:  # by nohup, or by a script's &
-            signal.signal(name, interrupt)
+
+_SIGNALS = _Signals()  # as the process has one set of handlers
+
+
+@contextlib.contextmanager
+def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside, a signal only sets what the yielded function returns."""
+    _SIGNALS.deferred = True
+    yield lambda: _SIGNALS.first is not None
+    _SIGNALS.deferred = False
 
 
 def _fail(message: str, debug: bool) -> int:
@@ -95,18 +113,21 @@ def _denoise(args: argparse.Namespace) -> int:
     from orchestrator.progress import Bar
     from stages.denoise import denoise
 
-    directory, failures = denoise(
-        args.embeddings,
-        args.model,
-        args.out,
-        _settings(args),
-        batch=args.batch,
-        batch_guidance=args.batch_guidance,
-        noise=args.noise,
-        dtype=args.dtype,
-        report=Bar(),
-        notice=_notice,
-    )
+    with _deferred_interrupts() as interrupted:
+        directory, failures = denoise(
+            args.embeddings,
+            args.model,
+            args.out,
+            _settings(args),
+            batch=args.batch,
+            batch_guidance=args.batch_guidance,
+            noise=args.noise,
+            keep_trajectory=args.keep_trajectory,
+            dtype=args.dtype,
+            interrupted=interrupted,
+            report=Bar(),
+            notice=_notice,
+        )
     for failure in failures:
         _notice(f"failed: {failure}")
     print(directory)
@@ -160,6 +181,7 @@ def _run(args: argparse.Namespace) -> int:
     run = lines[-1]
     denoising = [f"--batch={args.batch}", *_option("--noise", args.noise)]
     denoising += ["--batch-guidance"] if args.batch_guidance else []
+    denoising += ["--keep-trajectory"] if args.keep_trajectory else []
     denoised, _ = stage("denoise", f"--embeddings={run}", *common, *denoising)
     if denoised not in (EXIT_DONE, EXIT_SOME_FAILED):
         return denoised
@@ -308,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_positive, default=1, metavar="N", help="pictures in one pass; default: 1")
     add("--batch-guidance", action="store_true", help="prompt and negative prompt in one pass")
     noise_help = "start from this noise, not from seeds: safetensors, one float32 tensor `noise` [items, C, H/8, W/8]"
+    add("--keep-trajectory", action="store_true", help="keep the latents of every step")
     add("--noise", type=_path, metavar="FILE", help=noise_help)
 
     about = "Text to image with Qwen-Image on MLX, in three processes that exchange files: encode, denoise, decode."

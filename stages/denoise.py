@@ -1,5 +1,6 @@
 """prompt_embeds -> latents: the second stage. Guidance, seeds, batching, and the Euler loop."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from artifacts_schema.manifests import (
     Settings,
 )
 from artifacts_schema.prompts import check_settings
+from artifacts_schema.trajectory import Trajectory, resume_step
 from stages.checkpoint import Checkpoint, default_dtype, load_weights, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.scheduler import SchedulerConfig
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
 
 CODE_VERSION = 1  # raised whenever the same inputs would give other latents
+CHECKPOINT_SHARE = 0.01  # of the time may go into saving what a kill would lose
+FIRST_SAVE_SECONDS = 0.02  # what a save takes, until one was measured: the first comes after two seconds
 
 
 class Resolved(NamedTuple):
@@ -71,14 +75,18 @@ def denoise(
     batch: int = 1,
     batch_guidance: bool = False,
     noise: Path | None = None,
+    keep_trajectory: bool = False,
     dtype: str | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
     report: Report,
     notice: Notice,
 ) -> tuple[Path, list[str]]:
     """Denoises every prompt and seed of an embeddings artifact that is not there yet.
 
     `overrides` come before the prompts' own settings, those before the checkpoint's defaults. Finished pictures are
-    published one batch at a time and never lost. Returns the latents directory and what failed, a line each.
+    published one batch at a time and never lost; an unfinished one goes on from its last checkpoint and ends as if it
+    had never stopped. When `interrupted()` turns true, the step is finished and saved, then KeyboardInterrupt raised.
+    Returns the latents directory and what failed, a line each.
     """
     import numpy as np
 
@@ -104,7 +112,12 @@ def denoise(
             latents = LatentsManifest(versions=versions(), model=made_with, items=())
         checkpoint.check_made_with(latents.model, ("transformer",), f"the latents already in {directory} were")
         done = {item.key: item for item in latents.items}
-        whole = {key for key, item in done.items() if store.is_whole(directory, item.files, LatentsManifest)}
+        whole = {
+            key
+            for key, item in done.items()
+            if store.is_whole(directory, (*item.files, *item.trajectory), LatentsManifest)
+            and (item.trajectory or not keep_trajectory)
+        }
         todo = [job for job in jobs if job.key not in whole]
         if len(todo) < len(jobs):
             notice(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are denoised already")
@@ -118,21 +131,62 @@ def denoise(
             watch = Stopwatch()
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"
+            trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
+            checkpoints = Checkpoints(trajectories, keep_trajectory, interrupted)
             results = _denoise_batch(
-                transformer, schedule, group, prompts, compute, batch_guidance, partial(report, label)
+                transformer, schedule, group, prompts, compute, batch_guidance, checkpoints, partial(report, label)
             )
             cost = watch.cost(pictures=len(group))
-            for job, result in zip(group, results, strict=True):
+            for job, result, trajectory in zip(group, results, trajectories, strict=True):
                 if not np.isfinite(result).all():
                     noise_from = "injected noise" if job.seed is None else f"seed {job.seed}"
                     failures.append(f"{job.item.prompt!r}, {noise_from}: the latents became NaN or infinite")
                     continue
                 files = store.publish(directory, f"{job.key}.zarr", partial(store.write_latents, latents=result))
-                done[job.key] = _latents_item(job, files, cost, dtype)
-            # after every batch, so that an interruption loses no finished picture
+                kept = trajectory.files() if keep_trajectory else ()
+                done[job.key] = _latents_item(job, files, kept, cost, dtype)
+            # after every batch, so that an interruption loses no finished picture; a batch stays together, because
+            # one of another size would round differently
             latents = LatentsManifest(versions=versions(), model=made_with, inputs=inputs, items=tuple(done.values()))
             store.write_manifest(directory, latents)
+            if not keep_trajectory:
+                for trajectory in trajectories:
+                    trajectory.remove()
     return directory, failures
+
+
+class Checkpoints:
+    """Saves a batch's latents as it goes on: all steps of a kept trajectory, else as often as 1% of time allows."""
+
+    def __init__(self, trajectories: list[Trajectory], keep: bool, interrupted: Callable[[], bool]):
+        self.trajectories, self.keep, self.interrupted = trajectories, keep, interrupted
+        self.saved_at = time.monotonic()
+        self.saving_took = FIRST_SAVE_SECONDS
+
+    def resume(self) -> "tuple[int, list[np.ndarray]] | None":
+        """The step to go on from and the latents [C, h, w] there."""
+        step = resume_step(self.trajectories, whole=self.keep)
+        latents = [trajectory.read(step) for trajectory in self.trajectories] if step else []
+        return (step, [each for each in latents if each is not None]) if step else None
+
+    def after(self, step: int, last: bool, latents: "Callable[[], list[np.ndarray]]") -> None:
+        """Called after every step (0: before the first). Raises KeyboardInterrupt once saved, if that is wanted."""
+        stop = self.interrupted()
+        due = time.monotonic() - self.saved_at >= self.saving_took / CHECKPOINT_SHARE
+        if self.keep or stop or (due and step > 0 and not last):
+            self._save(step, latents())
+        if stop:
+            raise KeyboardInterrupt
+
+    def _save(self, step: int, latents: "list[np.ndarray]") -> None:
+        started = time.monotonic()
+        for trajectory, each in zip(self.trajectories, latents, strict=True):
+            trajectory.write(step, each)
+        if not self.keep:  # only now: the step before is what a kill in between goes back to
+            for trajectory in self.trajectories:
+                trajectory.forget(trajectory.steps() - {step})
+        self.saved_at = time.monotonic()
+        self.saving_took = self.saved_at - started
 
 
 def _jobs(
@@ -254,6 +308,7 @@ def _denoise_batch(
     prompts: "dict[str, mx.array]",
     compute: "mx.Dtype",
     batch_guidance: bool,
+    checkpoints: Checkpoints,
     step_done: Callable[[int, int], None],
 ) -> "list[np.ndarray]":
     """The final latents [C, h, w] of each job, float32. The jobs share size, steps and guidance."""
@@ -264,11 +319,15 @@ def _denoise_batch(
 
     settings = jobs[0].settings
     _, height, width = jobs[0].shape
-    noise = [
-        mx.random.normal(job.shape, mx.float32, key=mx.random.key(job.seed)) if job.noise is None else job.noise
-        for job in jobs
-    ]
-    latents = pack_latents(mx.stack(noise))
+    if resumed := checkpoints.resume():
+        start, stored = resumed
+        latents = pack_latents(mx.array(np.stack(stored)))
+    else:
+        start, latents = 0, pack_latents(mx.stack([_noise(job) for job in jobs]))
+
+    def unpacked() -> "list[np.ndarray]":
+        return list(np.array(unpack_latents(latents, height, width)))
+
     texts = [[prompts[job.item.prompt_key] for job in jobs]]
     if settings.guided:
         texts.append([prompts[job.item.negative_key] for job in jobs])
@@ -282,8 +341,10 @@ def _denoise_batch(
 
     steps = settings.steps
     sigmas = schedule.sigmas(steps, latents.shape[1])
-    step_done(0, steps)
-    for i in range(steps):
+    step_done(start, steps)
+    if not start:
+        checkpoints.after(0, False, unpacked)
+    for i in range(start, steps):
         timestep = model_timestep(sigmas[i], compute)
         predictions = []
         for encoder_hidden_states, txt_seq_lens, rotary in passes:
@@ -298,7 +359,15 @@ def _denoise_batch(
         latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
         mx.eval(latents)
         step_done(i + 1, steps)
-    return list(np.array(unpack_latents(latents, height, width)))
+        checkpoints.after(i + 1, i + 1 == steps, unpacked)
+    return unpacked()
+
+
+def _noise(job: Job) -> "mx.array":
+    """[C, h, w] float32, from the job's seed alone or as injected."""
+    import mlx.core as mx
+
+    return mx.random.normal(job.shape, mx.float32, key=mx.random.key(job.seed)) if job.noise is None else job.noise
 
 
 def model_timestep(sigma: float, compute: "mx.Dtype") -> "mx.array":
@@ -317,7 +386,9 @@ def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) ->
     return combined * mx.where(norm > 0, wanted / norm, 0)
 
 
-def _latents_item(job: Job, files: tuple[File, ...], cost: Cost, dtype: str) -> LatentsItem:
+def _latents_item(
+    job: Job, files: tuple[File, ...], trajectory: tuple[File, ...], cost: Cost, dtype: str
+) -> LatentsItem:
     return LatentsItem(
         key=job.key,
         prompt=job.item.prompt,
@@ -334,5 +405,6 @@ def _latents_item(job: Job, files: tuple[File, ...], cost: Cost, dtype: str) -> 
         dtype=dtype,
         shape=job.shape,
         files=files,
+        trajectory=trajectory,
         cost=cost,
     )

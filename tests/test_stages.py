@@ -319,6 +319,89 @@ def test_a_stage_that_is_killed_is_reported(tmp_path, small_model):
     assert list((tmp_path / "run").rglob(".tmp*")) == []  # what the killed one left is tidied by the next
 
 
+KILLS = 8
+LONG = ["--size=64x64", "--steps=20", "--seed", "1", "2", "3", "--cfg=3"]
+
+
+def steps_done(run: Path) -> int:
+    """How many chunks of trajectories a run holds."""
+    return len(list(run.glob("latents/*.trajectory.zarr/c/*/0/0/0")))
+
+
+@pytest.mark.parametrize("batching", [[], ["--batch=3", "--batch-guidance"]])
+def test_killed_at_random_and_resumed_it_ends_bit_identical(qwen_stage, tmp_path, golden, batching):
+    """SIGKILL at random moments; every step is on disk, so none but the interrupted one is computed twice."""
+    model = golden("landscape-linear-shift").checkpoint
+    (tmp_path / "p.txt").write_text("a\n")
+    for run in ("undisturbed", "killed"):
+        qwen_stage("encode", "p.txt", f"--out={run}", f"--model={model}")
+    assert qwen_stage("denoise", "--embeddings=undisturbed", *LONG, *batching, "--keep-trajectory").code == 0
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "denoise", "--embeddings=killed", *LONG, *batching]
+    command.append("--keep-trajectory")
+    random = np.random.default_rng(0)
+    before = 0
+    for _ in range(KILLS):
+        child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while child.poll() is None and steps_done(tmp_path / "killed") <= before:
+            time.sleep(0.001)  # until it has gone on
+        time.sleep(random.uniform(0, 0.05))
+        child.kill()
+        child.wait()
+        now = steps_done(tmp_path / "killed")
+        assert now >= before  # nothing that was on disk is lost
+        before = now
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    for kind in ("latents", "trajectories"):
+        one, two = (sorted((tmp_path / run / "latents").glob("*.zarr/c/**/0")) for run in ("undisturbed", "killed"))
+        assert [path.relative_to(tmp_path / "undisturbed") for path in one if path.is_file()] == [
+            path.relative_to(tmp_path / "killed") for path in two if path.is_file()
+        ], kind
+    for path in (tmp_path / "undisturbed/latents").rglob("c/**/0"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "undisturbed")).read_bytes()
+
+
+def test_an_interrupted_picture_goes_on_where_it_was(tmp_path, qwen_stage, golden):
+    """SIGTERM finishes the step and saves it, without --keep-trajectory too; the next start goes on from there."""
+    model = golden("landscape-linear-shift").checkpoint
+    (tmp_path / "p.txt").write_text("a\n")
+    settings = ["--size=160x160", "--steps=60", "--cfg=3"]
+    for run in ("undisturbed", "stopped"):
+        qwen_stage("encode", "p.txt", f"--out={run}", f"--model={model}")
+    assert qwen_stage("denoise", "--embeddings=undisturbed", *settings).code == 0
+    assert not list((tmp_path / "undisturbed").rglob("*.trajectory.zarr"))
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "denoise", "--embeddings=stopped", *settings]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "stopped/latents/.lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.6)
+    child.terminate()
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    (saved,) = (tmp_path / "stopped").glob("latents/*.trajectory.zarr/c/*")
+    assert 0 < int(saved.name) < 60
+    assert qwen_stage("denoise", "--embeddings=stopped", *settings).code == 0
+    assert (
+        latents_of(tmp_path / "stopped")["a", 42].tobytes() == latents_of(tmp_path / "undisturbed")["a", 42].tobytes()
+    )
+    assert not list((tmp_path / "stopped").rglob("*.trajectory.zarr"))
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(qwen_stage, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a\n")
+    denoise = ["--size=32x32", "--steps=4", "--keep-trajectory"]
+    for run in ("whole", "damaged"):
+        qwen_stage("encode", "p.txt", f"--out={run}", f"--model={small_model}")
+        assert qwen_stage("denoise", f"--embeddings={run}", *denoise).code == 0
+    (tmp_path / "damaged/latents/manifest.json").unlink()
+    chunk = next((tmp_path / "damaged").glob("latents/*.trajectory.zarr/c/2/0/0/0"))
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    assert qwen_stage("denoise", "--embeddings=damaged", *denoise).code == 0
+    whole, again = (store.read_manifest(tmp_path / run / "latents", LatentsManifest)[0] for run in ("whole", "damaged"))
+    assert [file.sha256 for file in again.items[0].trajectory] == [file.sha256 for file in whole.items[0].trajectory]
+    assert len(whole.items[0].trajectory) == 6  # five steps and the array's own description
+
+
 def test_the_parent_of_a_run_never_imports_mlx(tmp_path, small_model):
     """The parent chains processes; the models live and die in its children."""
     script = (
