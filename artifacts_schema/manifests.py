@@ -108,6 +108,37 @@ class LatentsItem(Record, frozen=True, kw_only=True):
         return f"{self.key}.zarr"
 
 
+class Recipe(Record, frozen=True, kw_only=True):
+    """What a PNG says of itself, as JSON under `qwen-stage`: everything needed to make it again."""
+
+    prompt: str
+    negative_prompt: str | None  # None: no guidance, it was not used
+    seed: int | None  # None: the noise came from a file
+    noise_sha256: Sha256 | None = None
+    width: Positive
+    height: Positive
+    num_inference_steps: Positive
+    true_cfg_scale: float
+    model: str
+    fingerprints: dict[str, Sha256]
+    dtype: str
+    latents_key: Key
+
+    def parameters(self) -> str:
+        """The same in the form that other tools read, under `parameters`."""
+        settings = {
+            "Steps": self.num_inference_steps,
+            "Sampler": "Euler",
+            "CFG scale": self.true_cfg_scale,
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": self.model,
+        }
+        said = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+        negative = "" if self.negative_prompt is None else f"Negative prompt: {self.negative_prompt}\n"
+        return f"{self.prompt}\n{negative}{said}"
+
+
 class ImageItem(Record, frozen=True, kw_only=True):
     """One PNG, and the latents it was decoded from."""
 

@@ -60,7 +60,8 @@ class _Signals:
         self.first = time.monotonic()
         if not self.deferred:
             raise KeyboardInterrupt
-        _notice("finishing this step and saving it; once more to exit at once")
+        # not print: the signal may have come in the middle of one
+        os.write(2, b"qwen-stage: finishing this step and saving it; once more to exit at once\n")
 
 
 _SIGNALS = _Signals()  # as the process has one set of handlers
@@ -70,8 +71,10 @@ _SIGNALS = _Signals()  # as the process has one set of handlers
 def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
     """Inside, a signal only sets what the yielded function returns."""
     _SIGNALS.deferred = True
-    yield lambda: _SIGNALS.first is not None
-    _SIGNALS.deferred = False
+    try:
+        yield lambda: _SIGNALS.first is not None
+    finally:
+        _SIGNALS.deferred = False
 
 
 def _fail(message: str, debug: bool) -> int:

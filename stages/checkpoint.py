@@ -55,7 +55,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    name: str  # as manifests record it: the demo's name or an absolute path
+    name: str  # as manifests record it and --model takes it: the demo's name, a hub id, or an absolute path
     directory: Path
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # reading takes a moment
 
@@ -139,15 +139,17 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     if model is None or model == DEMO:
         return Checkpoint(DEMO, DEMO_DIRECTORY)
     path = Path(model)  # the shell has expanded ~
+    name = model
     if path.is_dir():
         directory = path.resolve()
+        name = str(directory)
     elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
         directory = _in_hub_cache(model)
     else:
         raise UserError(f"unknown model {model!r}: no such directory; give the directory of a Qwen-Image checkpoint")
     if not (directory / "model_index.json").exists() and not any((directory / name).is_dir() for name in COMPONENTS):
         raise UserError(f"{directory} is not a Qwen-Image checkpoint: it has no model_index.json and no transformer/")
-    return Checkpoint(str(directory), directory)
+    return Checkpoint(name, directory)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

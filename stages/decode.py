@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from artifacts_schema import keys, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import ImageItem, ImagesManifest, LatentsItem, LatentsManifest
+from artifacts_schema.manifests import ImageItem, ImagesManifest, LatentsItem, LatentsManifest, Model, Recipe
 from stages.checkpoint import Checkpoint, load_weights, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 
@@ -64,7 +66,8 @@ def decode(
             watch = Stopwatch()
             pixels = _pixels(vae, array)
             name = Path(done[key].file.path).name if key in done else _file_name(item, len(done) + 1)
-            (file,) = store.publish(directory, name, partial(_write_png, pixels=pixels))
+            recipe = _recipe(item, manifest.model)
+            (file,) = store.publish(directory, name, partial(_write_png, pixels=pixels, recipe=recipe))
             whole.add(key)
             done[key] = ImageItem(
                 key=key,
@@ -106,10 +109,31 @@ def _pixels(vae: "AutoencoderKLQwenImage", latents: "np.ndarray") -> "np.ndarray
     return np.array(mx.contiguous(mx.round((rgb * 0.5 + 0.5) * 255).astype(mx.uint8)))
 
 
-def _write_png(path: Path, pixels: "np.ndarray") -> None:
-    from PIL import Image
+def _recipe(item: LatentsItem, model: Model) -> Recipe:
+    return Recipe(
+        prompt=item.prompt,
+        negative_prompt=None if item.negative_key is None else item.negative_prompt,
+        seed=item.seed,
+        noise_sha256=item.noise_sha256,
+        width=item.width,
+        height=item.height,
+        num_inference_steps=item.num_inference_steps,
+        true_cfg_scale=item.true_cfg_scale,
+        model=Path(model.name).name if Path(model.name).is_absolute() else model.name,  # pictures travel, paths do not
+        fingerprints=model.fingerprints,
+        dtype=item.dtype,
+        latents_key=item.key,
+    )
 
-    Image.fromarray(pixels).save(path, format="PNG")
+
+def _write_png(path: Path, pixels: "np.ndarray", recipe: Recipe) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("parameters", recipe.parameters())
+    info.add_itxt("qwen-stage", msgspec.json.encode(recipe).decode())
+    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info)
 
 
 def _file_name(item: LatentsItem, number: int) -> str:

@@ -264,6 +264,21 @@ def test_a_manifest_without_its_embeddings(qwen_stage, encoded):
     assert_one_clear_line(qwen_stage("denoise", f"--embeddings={encoded}"), "not there", "encode")
 
 
+def test_a_model_in_the_hugging_face_cache(qwen_stage, tmp_path, small_model, monkeypatch):
+    """Found by its name, without a network, and recorded by that name."""
+    snapshot = tmp_path / "hub/models--someone--small/snapshots/0123456789"
+    shutil.copytree(small_model, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0123456789")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "prompts.txt").write_text("a")
+    result = qwen_stage("encode", "prompts.txt", "--out=run", "--model=someone/small")
+    assert result.code == 0, result.err
+    assert qwen_stage("denoise", "--embeddings=run", *FAST).code == 0
+    manifest, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    assert manifest.model.name == "someone/small"
+
+
 def test_sharded_weights_are_the_same_model(qwen_stage, tmp_path, small_model):
     (tmp_path / "prompts.txt").write_text("a prompt")
     model = tmp_path / "model"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import random_models
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from artifacts_schema import store
-from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest
+from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest, Recipe
 
 
 def latents_of(run: Path) -> dict[tuple[str, int | None], np.ndarray]:
@@ -107,6 +108,23 @@ def test_prompts_bring_their_settings(qwen_stage, tmp_path, small_model):
         "0002-first-one-s2.png",
         "0003-b-s7.png",
     ]
+
+
+def test_pictures_carry_their_recipe(qwen_stage, tmp_path, small_model):
+    prompt = 'a "red" circle, 圆 😀'
+    (tmp_path / "p.txt").write_text(prompt)
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}", "--negative-prompt=blurry")
+    qwen_stage("denoise", "--embeddings=run", "--size=48x32", "--steps=2", "--seed=7", "--cfg=2.5")
+    (path,) = qwen_stage("decode", "run").out
+    text = Image.open(path).text
+    settings = f"Steps: 2, Sampler: Euler, CFG scale: 2.5, Seed: 7, Size: 48x32, Model: {small_model.name}"
+    assert text["parameters"] == f"{prompt}\nNegative prompt: blurry\n{settings}"
+    recipe = msgspec.json.decode(text["qwen-stage"].encode(), type=Recipe)
+    manifest, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    assert recipe.latents_key == manifest.items[0].key
+    assert (recipe.prompt, recipe.negative_prompt, recipe.seed) == (prompt, "blurry", 7)
+    assert recipe.fingerprints == manifest.model.fingerprints
+    assert str(tmp_path) not in text["qwen-stage"]
 
 
 def test_nothing_is_done_twice(qwen_stage, tmp_path, small_model):
