@@ -207,6 +207,31 @@ def _pictures(run: Path, prompts: list[str], seeds: tuple[int, ...] | None) -> l
     return [directory / item.file.path for item in wanted]
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from artifacts_schema.manifests import Recipe
+    from orchestrator import inspect
+
+    found = inspect.read(args.path)
+    if isinstance(found, Recipe):
+        lines = [msgspec.json.encode(found).decode()] if args.json else list(inspect.recipe_in_words(args.path, found))
+        print("\n".join(lines))
+        return EXIT_DONE
+    wrong = []
+    for directory, manifest in found:
+        if args.json:
+            print(msgspec.json.encode(manifest).decode())
+        else:
+            print("\n".join(inspect.in_words(directory, manifest)))
+        wrong += inspect.damaged(directory, manifest) if args.verify else []
+    for line in wrong:
+        _notice(f"error: {line}")
+    if args.verify and not wrong:
+        _notice("every file is whole")
+    return EXIT_BAD_INPUT if wrong else EXIT_DONE
+
+
 def _cache_show(args: argparse.Namespace) -> int:
     from artifacts_schema import cache
 
@@ -355,6 +380,12 @@ def _parser() -> argparse.ArgumentParser:
     denoise = commands.add_parser("denoise", parents=[common, denoising], help="embeddings to latents")
     denoise.add_argument("--embeddings", type=_path, required=True, metavar="DIR", help="a run or its embeddings/")
     denoise.set_defaults(command=_denoise)
+
+    inspect = commands.add_parser("inspect", help="what a run, an artifact or a picture is, and whether it is whole")
+    inspect.add_argument("path", type=_path, metavar="PATH", help="a run, its embeddings/, latents/ or images/, a PNG")
+    inspect.add_argument("--json", action="store_true", help="one line of JSON for each artifact")
+    inspect.add_argument("--verify", action="store_true", help="read every file and compare it with its manifest")
+    inspect.set_defaults(command=_inspect, debug=False)
 
     cache = commands.add_parser("cache", help="the embeddings that all runs share")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
