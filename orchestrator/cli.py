@@ -381,6 +381,10 @@ def _parser() -> argparse.ArgumentParser:
     denoise.add_argument("--embeddings", type=_path, required=True, metavar="DIR", help="a run or its embeddings/")
     denoise.set_defaults(command=_denoise)
 
+    decode = commands.add_parser("decode", parents=[common], help="latents to PNG")
+    decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")
+    decode.set_defaults(command=_decode)
+
     inspect = commands.add_parser("inspect", help="what a run, an artifact or a picture is, and whether it is whole")
     inspect.add_argument("path", type=_path, metavar="PATH", help="a run, its embeddings/, latents/ or images/, a PNG")
     inspect.add_argument("--json", action="store_true", help="one line of JSON for each artifact")
@@ -394,10 +398,6 @@ def _parser() -> argparse.ArgumentParser:
     trim = actions.add_parser("trim", help="remove what was not used for longest")
     trim.add_argument("--max-size", required=True, metavar="SIZE", help="what may remain, as in 20GB; 0 empties it")
     trim.set_defaults(command=_cache_trim, debug=False)
-
-    decode = commands.add_parser("decode", parents=[common], help="latents to PNG")
-    decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")
-    decode.set_defaults(command=_decode)
     return parser
 
 

@@ -241,6 +241,10 @@ def export(out: Path, tokenizer: Qwen2Tokenizer, text_encoder, transformer, vae,
     parts = [part.to("cpu", torch.bfloat16) for part in (text_encoder, transformer, vae)]
     kept = {name: (out / "tokenizer" / name).read_bytes() for name in tokenizer_files(out)}
     QwenImagePipeline(make_scheduler(), parts[2], parts[0], tokenizer, parts[1]).save_pretrained(out)
+    for path in out.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # newer transformers write one tokenizer.json; Qwen-Image has the two older files, written by make_tokenizer
     for path in (out / "tokenizer").iterdir():
         path.unlink()
