@@ -2,37 +2,61 @@
 
     embeddings/ab/cdef….safetensors   the data
     embeddings/ab/cdef….json          its record: written last, it makes the entry exist
+    latents/ab/cdef….zarr/            and so on
+    images/ab/cdef….png
     damaged/                          what did not match its record, set aside
 
-A key names everything that determines the content, so entries are never wrong, only absent or damaged; every hit is
-verified. Renames make it correct; the lock only saves two processes from doing the same work.
+A key names everything that determines the content, so entries are never wrong, only absent or damaged; whatever is
+taken from here is verified. Renames make it correct; the lock only saves two processes from doing the same work.
 """
 
 import contextlib
-import fcntl
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-import msgspec
-
-from artifacts_schema import store
+from artifacts_schema import disk, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import Embedding, EmbeddingsManifest
+from artifacts_schema.manifests import Embedding, File, ImageItem, LatentsItem, Record
 
-EMBEDDINGS = "embeddings"
 DAMAGED = "damaged"
+SETTING_LIMIT = "QWEN_STAGE_CACHE_SIZE"
+DEFAULT_LIMIT = "20GB"
+MAX_RECORD_BYTES = 1 << 20
 LEFTOVER_SECONDS = 24 * 3600  # a temporary file this old belongs to no living process
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 Notice = Callable[[str], None]
+Item = TypeVar("Item", Embedding, LatentsItem, ImageItem)
+
+
+class CacheRecord(Record, Generic[Item], frozen=True, kw_only=True):
+    """What an entry is, and the files it consists of."""
+
+    item: Item
+    files: tuple[File, ...]
+    checksum: str = ""
+
+
+class Kind(NamedTuple, Generic[Item]):
+    """A kind of results: its directory in the cache, the type of its records, and how its data is called."""
+
+    name: str
+    record: type[CacheRecord[Item]]
+    suffix: str
+
+
+EMBEDDINGS = Kind("embeddings", CacheRecord[Embedding], ".safetensors")
+LATENTS = Kind("latents", CacheRecord[LatentsItem], ".zarr")
+IMAGES = Kind("images", CacheRecord[ImageItem], ".png")
+KINDS = (EMBEDDINGS, LATENTS, IMAGES)
 
 
 class Entry(NamedTuple):
+    kind: Kind
     key: str
     size: int  # bytes, record included
     used: float  # seconds since the epoch
@@ -47,93 +71,95 @@ def root() -> Path:
     return user_cache_path("qwen-stage", appauthor=False)
 
 
-def get(key: str, notice: Notice, used: bool = True) -> Embedding | None:
-    """The verified entry of a key, marked as used now. A damaged one is set aside, and a miss."""
-    record = _record(key)
-    try:
-        embedding = msgspec.json.decode(record.read_bytes(), type=Embedding)
-        store.verify(record.parent, (embedding.file,), EmbeddingsManifest)
-        if embedding.key != key or embedding.file.path != _data_name(key):
-            raise UserError("the record is another entry's")
-    except FileNotFoundError:
+def find(kind: Kind[Item], key: str, notice: Notice) -> Item | None:
+    """What is recorded under a key. Its data is verified when it is taken, with `adopt`."""
+    record = _read_record(kind, key, notice)
+    return record.item if record else None
+
+
+def adopt(kind: Kind[Item], key: str, directory: Path, name: str, notice: Notice) -> tuple[File, ...] | None:
+    """Publishes an entry's data as `directory/name`, verified, and marks it as used now.
+
+    A damaged entry is set aside; that, like an entry that went meanwhile, is None.
+    """
+    content = _content(kind, key, notice)
+    if content is None:
         return None
-    except (UserError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OSError) as error:
-        _set_aside(key)
-        notice(f"set a damaged cache entry aside ({error}); it is made again")
-        return None
-    if used:
-        with contextlib.suppress(OSError):  # another user's entry
-            os.utime(record)
-    return embedding
+    with contextlib.suppress(OSError):  # another user's entry
+        os.utime(_record(kind, key))
+    return store.publish(directory, name, content)
 
 
-def path_of(embedding: Embedding) -> Path:
-    return _record(embedding.key).parent / embedding.file.path
+def verify(kind: Kind[Item], key: str, notice: Notice) -> bool:
+    """Whether an entry is whole. A damaged one is set aside."""
+    return _content(kind, key, notice) is not None
 
 
-def put(embedding: Embedding, source: Path) -> None:
-    """Copies a published file into the cache under its key. A cache that cannot be written to is no error."""
-    record = _record(embedding.key)
+def put(kind: Kind[Item], item: Item, content: disk.Content) -> None:
+    """Adds a result under its key. A cache that cannot be written to is no error."""
+    record, data = _record(kind, item.key), _data(kind, item.key)
     with contextlib.suppress(OSError):
         _make_shared(record.parent)
-        (file,) = store.publish(record.parent, _data_name(embedding.key), lambda path: _copy(source, path))
-        entry = msgspec.structs.replace(embedding, file=file)
-        store.publish(record.parent, record.name, lambda path: _write(msgspec.json.encode(entry), path))
+        disk.publish(data.parent, data.name, content, inherit=True)
+        entry = CacheRecord(item=item, files=store.describe(data.name, content))
+        disk.publish(record.parent, record.name, store.seal(entry, kind.record), inherit=True)
 
 
 @contextlib.contextmanager
-def lock(notice: Notice) -> Iterator[None]:
-    """Held while encoding: who waits for it finds the work done. Where locks do not work, work may be done twice."""
-    directory = root() / EMBEDDINGS
-    try:
-        _make_shared(directory)
-        file = (directory / ".lock").open("ab")
-        with contextlib.suppress(OSError):
-            os.fchmod(file.fileno(), _file_mode(directory))
-    except OSError:
-        yield
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notice("waiting for another encode")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
+def lock(kind: Kind, notice: Notice) -> Iterator[None]:
+    """Held while working: who waits for it finds the work done. Where locks do not work, work may be done twice."""
+    directory = root() / kind.name
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, UserError):
+            _make_shared(directory)
+            try:
+                stack.enter_context(disk.lock(directory, inherit=True))
+            except BlockingIOError:
+                notice(f"waiting for another process that makes {kind.name}")
+                stack.enter_context(disk.lock(directory, wait=True, inherit=True))
         yield
 
 
 def entries() -> list[Entry]:
     """All entries, least recently used first."""
     found = []
-    for record in root().glob(f"{EMBEDDINGS}/??/*.json"):
-        with contextlib.suppress(OSError):
-            data = record.with_suffix(".safetensors")
-            info = record.stat()
-            found.append(Entry(record.parent.name + record.stem, info.st_size + data.stat().st_size, info.st_mtime))
+    for kind in KINDS:
+        for record in root().glob(f"{kind.name}/??/*.json"):
+            key = record.parent.name + record.stem
+            with contextlib.suppress(OSError):
+                info = record.stat()
+                found.append(Entry(kind, key, info.st_size + _size(_data(kind, key)), info.st_mtime))
     return sorted(found, key=lambda entry: entry.used)
 
 
 def trim(max_size: int) -> tuple[int, int]:
     """Removes the least recently used entries until the rest fits, and what is no entry. Returns (entries, bytes)."""
-    shutil.rmtree(root() / DAMAGED, ignore_errors=True)
     known = entries()
     removed = freed = 0
     excess = sum(entry.size for entry in known) - max_size
     for entry in known:
         if excess <= freed:
             break
-        record = _record(entry.key)
-        record.unlink(missing_ok=True)  # first: without it the data is no entry
-        record.with_suffix(".safetensors").unlink(missing_ok=True)
-        removed, freed = removed + 1, freed + entry.size
-    for path in root().glob(f"{EMBEDDINGS}/??/*"):
-        orphan = path.name.startswith(store.TEMPORARY) or not path.with_suffix(".json").exists()
+        record = _record(entry.kind, entry.key)
+        disk.remove(record)  # first: without it the data is no entry
+        if not record.exists():  # another user's may stay
+            disk.remove(_data(entry.kind, entry.key))
+            removed, freed = removed + 1, freed + entry.size
+    for path in (*root().glob("*/??/*"), *root().glob(f"{DAMAGED}/*")):
+        orphan = path.name.startswith(disk.TEMPORARY) or not path.with_suffix(".json").exists()
         with contextlib.suppress(OSError):
-            if orphan and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                path.unlink()
+            if (orphan or path.parent.name == DAMAGED) and time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+                disk.remove(path)
     return removed, freed
+
+
+def forget_damaged() -> None:
+    disk.remove(root() / DAMAGED)
+
+
+def keep_to_limit() -> None:
+    """Trims to `$QWEN_STAGE_CACHE_SIZE`; called by whoever added something."""
+    trim(parse_bytes(os.environ.get(SETTING_LIMIT) or DEFAULT_LIMIT))
 
 
 def parse_bytes(text: str) -> int:
@@ -144,21 +170,60 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _record(key: str) -> Path:
-    return root() / EMBEDDINGS / key[:2] / f"{key[2:]}.json"
+def _record(kind: Kind, key: str) -> Path:
+    return root() / kind.name / key[:2] / f"{key[2:]}.json"
 
 
-def _data_name(key: str) -> str:
-    return f"{key[2:]}.safetensors"
+def _data(kind: Kind, key: str) -> Path:
+    return _record(kind, key).with_suffix(kind.suffix)
 
 
-def _set_aside(key: str) -> None:
-    record = _record(key)
+def _read_record(kind: Kind[Item], key: str, notice: Notice) -> CacheRecord[Item] | None:
+    try:
+        data = disk.read(_record(kind, key), MAX_RECORD_BYTES)
+        record: CacheRecord[Item] = store.unseal(data, kind.record)
+        if record.item.key != key:
+            raise UserError("the record is another entry's")
+    except FileNotFoundError:
+        return None
+    except (UserError, ValueError, OSError) as error:
+        _set_aside(kind, key, error, notice)
+        return None
+    return record
+
+
+def _content(kind: Kind[Item], key: str, notice: Notice) -> disk.Content | None:
+    record = _read_record(kind, key, notice)
+    if record is None:
+        return None
+    data = _data(kind, key)
+    try:
+        files = {file.path: store.read_file(data.parent, file) for file in record.files}
+        if data.name in files:
+            return files[data.name]
+        return {path.removeprefix(f"{data.name}/"): content for path, content in files.items()}
+    except (UserError, OSError) as error:
+        if _record(kind, key).exists():  # else it was trimmed just now
+            _set_aside(kind, key, error, notice)
+        return None
+
+
+def _set_aside(kind: Kind, key: str, error: Exception, notice: Notice) -> None:
     with contextlib.suppress(OSError):
         _make_shared(root() / DAMAGED)
-        for path in (record, record.with_suffix(".safetensors")):  # the record first: the entry is gone at once
+        for path in (_record(kind, key), _data(kind, key)):  # the record first: the entry is gone at once
+            aside = root() / DAMAGED / f"{key}{path.suffix}"
+            disk.remove(aside)
             if path.is_symlink() or path.exists():
-                path.replace(root() / DAMAGED / f"{key}{path.suffix}")
+                path.replace(aside)
+    reason = str(error).partition("; repair")[0]
+    notice(f"set a damaged cache entry aside ({reason}); it is made again")
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    return path.stat().st_size
 
 
 def _make_shared(directory: Path) -> None:
@@ -172,17 +237,3 @@ def _make_shared(directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     with contextlib.suppress(OSError):
         directory.chmod(directory.parent.stat().st_mode & 0o7777)
-
-
-def _file_mode(directory: Path) -> int:
-    return directory.stat().st_mode & 0o666
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    target.chmod(_file_mode(target.parent))
-
-
-def _write(data: bytes, target: Path) -> None:
-    target.write_bytes(data)
-    target.chmod(_file_mode(target.parent))

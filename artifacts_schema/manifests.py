@@ -122,7 +122,8 @@ class Recipe(Record, frozen=True, kw_only=True):
     model: str
     fingerprints: dict[str, Sha256]
     dtype: str
-    latents_key: Key
+    decode_dtype: str = "float32"
+    latents_key: Key  # rather than a manifest's id: that changes with every picture added beside it
 
     def parameters(self) -> str:
         """The same in the form that other tools read, under `parameters`."""
@@ -151,51 +152,78 @@ class ImageItem(Record, frozen=True, kw_only=True):
     cost: Cost
 
 
-class Manifest(Record, frozen=True, tag_field="schema", kw_only=True):
-    """The commit mark of an artifact: what it holds, made from what, with what, at what cost."""
+class ManifestV1(Record, frozen=True, tag_field="schema", kw_only=True):
+    """What all manifests said before they had checksums."""
 
     kind: ClassVar[str]  # also the directory's name inside a run
-    older: ClassVar[tuple[type["Manifest"], ...]] = ()  # versions that can still be read: each upgrades to the next
+    older: ClassVar[tuple[type["ManifestV1"], ...]] = ()  # versions that can still be read: each upgrades to the next
     versions: dict[str, str]  # of qwen-stage, Python and MLX
     model: Model
     inputs: tuple[Sha256, ...] = ()  # manifest ids of what it was made from
 
 
-class EmbeddingsManifestV1(Manifest, frozen=True, tag="qwen-stage/embeddings/1", kw_only=True):
+class Manifest(ManifestV1, frozen=True, kw_only=True):
+    """The commit mark of an artifact: what it holds, made from what, with what, at what cost."""
+
+    checksum: str = ""  # of the file's bytes, these digits taken as zeros; given when it is written
+
+
+class EmbeddingsManifestV1(ManifestV1, frozen=True, tag="qwen-stage/embeddings/1", kw_only=True):
     kind: ClassVar[str] = "embeddings"
     items: tuple[PromptItem, ...]
     embeddings: tuple[EmbeddingV1, ...]
     cost: Cost
 
-    def upgrade(self) -> "EmbeddingsManifest":
+    def upgrade(self) -> "EmbeddingsManifestV2":
         """Version 1 did not say whether a prompt was cut off; what was counted is what was kept."""
         embeddings = tuple(
             Embedding(key=e.key, tokens=e.tokens, prompt_tokens=e.tokens, dim=e.dim, dtype=e.dtype, file=e.file)
             for e in self.embeddings
         )
-        return EmbeddingsManifest(
-            versions=self.versions,
-            model=self.model,
-            inputs=self.inputs,
-            items=self.items,
-            embeddings=embeddings,
-            cost=self.cost,
-        )
+        return EmbeddingsManifestV2(**{**msgspec.structs.asdict(self), "embeddings": embeddings})
 
 
-class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/2", kw_only=True):
+class EmbeddingsManifestV2(ManifestV1, frozen=True, tag="qwen-stage/embeddings/2", kw_only=True):
     kind: ClassVar[str] = "embeddings"
-    older: ClassVar[tuple[type[Manifest], ...]] = (EmbeddingsManifestV1,)
+    items: tuple[PromptItem, ...]
+    embeddings: tuple[Embedding, ...]
+    cost: Cost
+
+    def upgrade(self) -> "EmbeddingsManifest":
+        return EmbeddingsManifest(**msgspec.structs.asdict(self))
+
+
+class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/3", kw_only=True):
+    kind: ClassVar[str] = "embeddings"
+    older: ClassVar[tuple[type[ManifestV1], ...]] = (EmbeddingsManifestV1, EmbeddingsManifestV2)
     items: tuple[PromptItem, ...]
     embeddings: tuple[Embedding, ...]
     cost: Cost
 
 
-class LatentsManifest(Manifest, frozen=True, tag="qwen-stage/latents/1", kw_only=True):
+class LatentsManifestV1(ManifestV1, frozen=True, tag="qwen-stage/latents/1", kw_only=True):
     kind: ClassVar[str] = "latents"
     items: tuple[LatentsItem, ...]
 
+    def upgrade(self) -> "LatentsManifest":
+        return LatentsManifest(**msgspec.structs.asdict(self))
 
-class ImagesManifest(Manifest, frozen=True, tag="qwen-stage/images/1", kw_only=True):
+
+class LatentsManifest(Manifest, frozen=True, tag="qwen-stage/latents/2", kw_only=True):
+    kind: ClassVar[str] = "latents"
+    older: ClassVar[tuple[type[ManifestV1], ...]] = (LatentsManifestV1,)
+    items: tuple[LatentsItem, ...]
+
+
+class ImagesManifestV1(ManifestV1, frozen=True, tag="qwen-stage/images/1", kw_only=True):
     kind: ClassVar[str] = "images"
+    items: tuple[ImageItem, ...]
+
+    def upgrade(self) -> "ImagesManifest":
+        return ImagesManifest(**msgspec.structs.asdict(self))
+
+
+class ImagesManifest(Manifest, frozen=True, tag="qwen-stage/images/2", kw_only=True):
+    kind: ClassVar[str] = "images"
+    older: ClassVar[tuple[type[ManifestV1], ...]] = (ImagesManifestV1,)
     items: tuple[ImageItem, ...]

@@ -3,16 +3,19 @@
 import math
 import re
 import tomllib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import msgspec
 
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import Record, Settings
+from artifacts_schema.manifests import Key, Record, Settings
 
 FORMATS = ("txt", "toml", "jsonl")
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000  # as many as training had noise levels
+
+T = TypeVar("T")
 
 
 class Prompt(Record, frozen=True):
@@ -37,6 +40,27 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     cfg: float | None = None
 
 
+class Wanted(Record, frozen=True):
+    """One picture that `denoise --items` is to make; the prompts are those of a run, named by their keys."""
+
+    prompt_key: Key
+    negative_key: Key | None
+    seed: int
+    width: int
+    height: int
+    num_inference_steps: int
+    true_cfg_scale: float
+
+    def settings(self) -> Settings:
+        return Settings(
+            seeds=(self.seed,),
+            width=self.width,
+            height=self.height,
+            num_inference_steps=self.num_inference_steps,
+            true_cfg_scale=self.true_cfg_scale,
+        )
+
+
 def parse_prompts(data: bytes, format: str, source: str) -> list[Prompt]:
     """Parses a prompt file's bytes; `source` names the file in errors. Raises UserError, naming the line or prompt."""
     text = _decode(data, source)
@@ -46,7 +70,12 @@ def parse_prompts(data: bytes, format: str, source: str) -> list[Prompt]:
     return prompts
 
 
-def to_jsonl(entries: list[Entry]) -> bytes:
+def parse_wanted(data: bytes, source: str) -> list[Wanted]:
+    """Parses JSON lines that each say one picture. Raises UserError, naming the line."""
+    return [wanted for _, wanted in _json_lines(_decode(data, source), source, Wanted)]
+
+
+def to_jsonl(entries: list[Any]) -> bytes:
     return b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries)
 
 
@@ -93,15 +122,17 @@ def _parse_txt(text: str, source: str) -> list[Prompt]:
 
 
 def _parse_jsonl(text: str, source: str) -> list[Prompt]:
-    prompts = []
+    return [_prompt(entry, where) for where, entry in _json_lines(text, source, Entry)]
+
+
+def _json_lines(text: str, source: str, kind: type[T]) -> Iterator[tuple[str, T]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
+            where = f"{source}, line {number}"
             try:
-                entry = msgspec.json.decode(line, type=Entry)
+                yield where, msgspec.json.decode(line, type=kind)
             except (msgspec.MsgspecError, RecursionError) as error:
-                raise UserError(f"{source}, line {number}: {error}") from None
-            prompts.append(_prompt(entry, f"{source}, line {number}"))
-    return prompts
+                raise UserError(f"{where}: {error}") from None
 
 
 def _parse_toml(text: str, source: str) -> list[Prompt]:

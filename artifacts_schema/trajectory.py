@@ -1,15 +1,15 @@
 """A picture's latents step by step: the checkpoint from which an interrupted `denoise` goes on.
 
 `<key>.trajectory.zarr` is float32 [steps + 1, C, h, w], one checksummed chunk a step; step 0 is the noise. A chunk is
-written whole or not at all, and counts only if its checksum holds and all of it is finite.
+there whole or not at all, and counts only if its checksum holds and all of it is finite.
 """
 
-import shutil
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from artifacts_schema import store
+from artifacts_schema import arrays, disk, store
+from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import File
 
 if TYPE_CHECKING:
@@ -19,62 +19,54 @@ if TYPE_CHECKING:
 class Trajectory:
     def __init__(self, directory: Path, key: str, steps: int, shape: tuple[int, int, int]) -> None:
         self.directory = directory
-        self.path = directory / f"{key}.trajectory.zarr"
+        self.name = f"{key}.trajectory.zarr"
+        self.path = directory / self.name
         self.shape = (steps + 1, *shape)
-        self._array: Any = None
 
     def steps(self) -> set[int]:
         """The steps that have a chunk, whatever is in it."""
-        if not self._open():
-            return set()
-        return {
-            int(path.name) for path in (self.path / "c").glob("*") if path.name.isdecimal() and any(path.rglob("0"))
-        }
+        return {int(path.name) for path in (self.path / "c").glob("*") if path.name.isdecimal()}
 
     def read(self, step: int) -> "np.ndarray | None":
         """The latents [C, h, w] after so many steps, or None if they are not there or damaged."""
-        import numpy as np
-
-        if not self._open():
-            return None
+        name = arrays.chunk_name(step)
         try:
-            latents = np.asarray(self._array[step])
-        except (OSError, ValueError, IndexError):
+            files = {
+                arrays.METADATA: disk.read(self.path / arrays.METADATA, arrays.MAX_METADATA_BYTES),
+                name: disk.read(self.path / name, arrays.chunk_bytes(self.shape[1:])),
+            }
+            return arrays.unpack_step(files, self.shape, step)
+        except (OSError, UserError, ValueError, IndexError):
             return None
-        return latents if np.isfinite(latents).all() else None
 
     def write(self, step: int, latents: "np.ndarray") -> None:
-        if not self._open():
-            self.remove()
-            store.publish(self.directory, self.path.name, lambda path: store.create_array(path, self.shape, (1,)))
-            self._open()
-        self._array[step] = latents
-        chunk = self.path / "c" / str(step) / "0" / "0" / "0"
-        for path in (chunk, *list(chunk.parents)[:4], self.path):  # zarr renames it into place, but syncs nothing
-            store.sync(path)
+        files = arrays.pack_step(self.shape, step, latents)
+        name = arrays.chunk_name(step)
+        if self._is_begun():
+            disk.publish(self.directory, f"{self.name}/c/{step}", {name.removeprefix(f"c/{step}/"): files[name]})
+        else:
+            disk.publish(self.directory, self.name, files)
 
     def forget(self, steps: set[int]) -> None:
         for step in steps:
-            shutil.rmtree(self.path / "c" / str(step), ignore_errors=True)
+            disk.remove(self.path / "c" / str(step))
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        disk.remove(self.path)
 
     def files(self) -> tuple[File, ...]:
-        return store.describe(self.path, self.path.name)
+        """All of it, as a manifest lists it."""
+        names = (arrays.METADATA, *(arrays.chunk_name(step) for step in range(self.shape[0])))
+        content = {name: disk.read(self.path / name, store.MAX_FILE_BYTES) for name in names}
+        return store.describe(self.name, content)
 
-    def _open(self) -> bool:
-        """Whether there is an array as we would write it."""
-        if self._array is None and self.path.is_dir():
-            import zarr
-
-            try:
-                array = zarr.open_array(store=self.path, mode="r+")
-                if array.shape == self.shape and array.chunks == (1, *self.shape[1:]) and array.dtype == "float32":
-                    self._array = array
-            except (OSError, ValueError, KeyError, TypeError):
-                return False
-        return self._array is not None
+    def _is_begun(self) -> bool:
+        try:
+            metadata = disk.read(self.path / arrays.METADATA, arrays.MAX_METADATA_BYTES)
+            arrays.check(metadata, self.shape, (1, *self.shape[1:]))
+        except (OSError, UserError, ValueError):
+            return False
+        return True
 
 
 def resume_step(trajectories: list[Trajectory], whole: bool) -> int:

@@ -236,7 +236,9 @@ def _cache_show(args: argparse.Namespace) -> int:
     from artifacts_schema import cache
 
     entries = cache.entries()
-    print(f"{len(entries)} embeddings, {_megabytes(sum(entry.size for entry in entries))}")
+    for kind in cache.KINDS:
+        sizes = [entry.size for entry in entries if entry.kind is kind]
+        print(f"{len(sizes)} {kind.name}, {_megabytes(sum(sizes))}")
     print(cache.root())
     return EXIT_DONE
 
@@ -244,8 +246,8 @@ def _cache_show(args: argparse.Namespace) -> int:
 def _cache_verify(args: argparse.Namespace) -> int:
     from artifacts_schema import cache
 
-    damaged = [entry for entry in cache.entries() if cache.get(entry.key, _notice, used=False) is None]
-    print(f"{len(cache.entries())} embeddings are whole, {len(damaged)} were damaged and are set aside")
+    damaged = [entry for entry in cache.entries() if not cache.verify(entry.kind, entry.key, _notice)]
+    print(f"{len(cache.entries())} entries are whole, {len(damaged)} were damaged and are set aside")
     return EXIT_SOME_FAILED if damaged else EXIT_DONE
 
 
@@ -253,7 +255,8 @@ def _cache_trim(args: argparse.Namespace) -> int:
     from artifacts_schema import cache
 
     removed, freed = cache.trim(cache.parse_bytes(args.max_size))
-    print(f"removed {removed} embeddings, {_megabytes(freed)}")
+    cache.forget_damaged()
+    print(f"removed {removed} entries, {_megabytes(freed)}")
     return EXIT_DONE
 
 
@@ -391,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--verify", action="store_true", help="read every file and compare it with its manifest")
     inspect.set_defaults(command=_inspect, debug=False)
 
-    cache = commands.add_parser("cache", help="the embeddings that all runs share")
+    cache = commands.add_parser("cache", help="the results that all runs share")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("show", help="where it is and how large").set_defaults(command=_cache_show, debug=False)
     actions.add_parser("verify", help="check every entry").set_defaults(command=_cache_verify, debug=False)

@@ -94,7 +94,7 @@ def damaged(directory: Path, manifest: Any) -> list[str]:
     wrong = []
     for file in files(manifest):
         try:
-            store.verify(directory, (file,), type(manifest))
+            store.verify(directory, (file,))
         except UserError as error:
             wrong.append(str(error))
     return wrong

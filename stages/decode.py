@@ -1,15 +1,24 @@
 """latents -> PNG: the third stage."""
 
+import io
 import unicodedata
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from artifacts_schema import keys, store
+from artifacts_schema import cache, keys, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import ImageItem, ImagesManifest, LatentsItem, LatentsManifest, Model, Recipe
+from artifacts_schema.manifests import (
+    Cost,
+    File,
+    ImageItem,
+    ImagesManifest,
+    LatentsItem,
+    LatentsManifest,
+    Model,
+    Recipe,
+)
 from stages.checkpoint import Checkpoint, load_weights, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 
@@ -28,13 +37,14 @@ def decode(
     model: str | None,
     out: Path | None,
     *,
+    items: frozenset[str] | None = None,
     dtype: str | None = None,
     report: Report,
     notice: Notice,
 ) -> tuple[list[Path], list[str]]:
-    """Decodes every item of a latents artifact that has no picture yet.
+    """Decodes every item of a latents artifact, or those whose keys are `items`, that has no picture yet.
 
-    Returns the pictures of all items and what failed, a line each. Raises UserError when all fail.
+    Returns the pictures of all those items and what failed, a line each. Raises UserError when all fail.
     """
     dtype = dtype or DEFAULT_DTYPE
     source = store.find(latents, LatentsManifest)
@@ -46,29 +56,11 @@ def decode(
         before = store.read_manifest_if_any(directory, ImagesManifest)
         done = {item.key: item for item in before.items} if before else {}
         inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), manifest_id)))
-        wanted = {_key(item, checkpoint, dtype): item for item in manifest.items}
-        whole = {key for key, item in done.items() if store.is_whole(directory, (item.file,), ImagesManifest)}
-        todo, failures = {}, []
-        for key, item in wanted.items():
-            if key not in whole:
-                try:  # all are read before the first is decoded: damage is found before the work
-                    todo[key] = (item, store.read_latents(source, item))
-                except UserError as error:
-                    failures.append(str(error))
-        if failures and len(failures) == len(wanted):
-            raise UserError(failures[0])
-        if len(whole & wanted.keys()):
-            notice(f"{len(whole & wanted.keys())} of {len(wanted)} pictures are decoded already")
-        if todo:
-            report("decode", 0, len(todo))
-            vae = _load_vae(checkpoint, dtype)
-        for number, (key, (item, array)) in enumerate(todo.items(), 1):
-            watch = Stopwatch()
-            pixels = _pixels(vae, array)
-            name = Path(done[key].file.path).name if key in done else _file_name(item, len(done) + 1)
-            recipe = _recipe(item, manifest.model)
-            (file,) = store.publish(directory, name, partial(_write_png, pixels=pixels, recipe=recipe))
-            whole.add(key)
+        wanted = {_key(item, checkpoint, dtype): item for item in manifest.items if items is None or item.key in items}
+        whole = {key for key, item in done.items() if store.is_whole(directory, (item.file,))}
+
+        def add(key: str, file: File, cost: Cost) -> None:
+            item = wanted[key]
             done[key] = ImageItem(
                 key=key,
                 latents_key=item.key,
@@ -76,14 +68,55 @@ def decode(
                 seed=item.seed,
                 dtype=dtype,
                 file=file,
-                cost=watch.cost(),
+                cost=cost,
             )
-            # after every picture, so that an interruption loses none
+            whole.add(key)
+
+        def name_of(key: str) -> str:
+            return Path(done[key].file.path).name if key in done else _file_name(wanted[key], len(done) + 1)
+
+        def publish_manifest() -> None:
             images = ImagesManifest(
                 versions=versions(), model=checkpoint.model("vae"), inputs=inputs, items=tuple(done.values())
             )
             store.write_manifest(directory, images)
+
+        adopted = 0
+        for key in [key for key in wanted if key not in whole]:
+            if cached := cache.find(cache.IMAGES, key, notice):
+                files = cache.adopt(cache.IMAGES, key, directory, name_of(key), notice)
+                if files:
+                    add(key, files[0], cached.cost)
+                    adopted += 1
+        if adopted:
+            publish_manifest()
+        if already := len(whole & wanted.keys()):
+            notice(f"{already} of {len(wanted)} pictures are decoded already")
+
+        todo, failures = [], []
+        for key, item in wanted.items():
+            if key not in whole:
+                try:  # all are read before the first is decoded: damage is found before the work
+                    store.read_latents(source, item)
+                    todo.append(key)
+                except UserError as error:
+                    failures.append(str(error))
+        if failures and len(failures) == len(wanted):
+            raise UserError(failures[0])
+        if todo:
+            report("decode", 0, len(todo))
+            vae = _load_vae(checkpoint, dtype)
+        for number, key in enumerate(todo, 1):
+            watch = Stopwatch()
+            item = wanted[key]
+            png = _png(_pixels(vae, store.read_latents(source, item)), _recipe(item, manifest.model, dtype))
+            (file,) = store.publish(directory, name_of(key), png)
+            add(key, file, watch.cost())
+            cache.put(cache.IMAGES, done[key], png)
+            publish_manifest()  # after every picture, so that an interruption loses none
             report("decode", number, len(todo))
+    if todo:
+        cache.keep_to_limit()
     return [directory / done[key].file.path for key in wanted if key in whole], failures
 
 
@@ -109,7 +142,7 @@ def _pixels(vae: "AutoencoderKLQwenImage", latents: "np.ndarray") -> "np.ndarray
     return np.array(mx.contiguous(mx.round((rgb * 0.5 + 0.5) * 255).astype(mx.uint8)))
 
 
-def _recipe(item: LatentsItem, model: Model) -> Recipe:
+def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
     return Recipe(
         prompt=item.prompt,
         negative_prompt=None if item.negative_key is None else item.negative_prompt,
@@ -122,18 +155,21 @@ def _recipe(item: LatentsItem, model: Model) -> Recipe:
         model=Path(model.name).name if Path(model.name).is_absolute() else model.name,  # pictures travel, paths do not
         fingerprints=model.fingerprints,
         dtype=item.dtype,
+        decode_dtype=decode_dtype,
         latents_key=item.key,
     )
 
 
-def _write_png(path: Path, pixels: "np.ndarray", recipe: Recipe) -> None:
+def _png(pixels: "np.ndarray", recipe: Recipe) -> bytes:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt("parameters", recipe.parameters())
     info.add_itxt("qwen-stage", msgspec.json.encode(recipe).decode())
-    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def _file_name(item: LatentsItem, number: int) -> str:

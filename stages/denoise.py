@@ -1,5 +1,6 @@
 """prompt_embeds -> latents: the second stage. Guidance, seeds, batching, and the Euler loop."""
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
-from artifacts_schema import keys, store
+from artifacts_schema import arrays, cache, keys, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import (
     Cost,
@@ -22,7 +24,7 @@ from artifacts_schema.manifests import (
     PromptItem,
     Settings,
 )
-from artifacts_schema.prompts import check_settings
+from artifacts_schema.prompts import Wanted, check_settings
 from artifacts_schema.trajectory import Trajectory, resume_step
 from stages.checkpoint import Checkpoint, default_dtype, load_weights, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
@@ -72,6 +74,7 @@ def denoise(
     out: Path | None,
     overrides: Settings,
     *,
+    wanted: list[Wanted] | None = None,
     batch: int = 1,
     batch_guidance: bool = False,
     noise: Path | None = None,
@@ -81,9 +84,10 @@ def denoise(
     report: Report,
     notice: Notice,
 ) -> tuple[Path, list[str]]:
-    """Denoises every prompt and seed of an embeddings artifact that is not there yet.
+    """Denoises every prompt and seed of an embeddings artifact, or just what is `wanted`, that is not there yet.
 
-    `overrides` come before the prompts' own settings, those before the checkpoint's defaults. Finished pictures are
+    `overrides` come before the prompts' own settings, those before the checkpoint's defaults; what is `wanted` says
+    all of that itself. Finished pictures are
     published one batch at a time and never lost; an unfinished one goes on from its last checkpoint and ends as if it
     had never stopped. When `interrupted()` turns true, the step is finished and saved, then KeyboardInterrupt raised.
     Returns the latents directory and what failed, a line each.
@@ -101,7 +105,10 @@ def denoise(
     dtype = dtype or default_dtype()
     compute = mlx_dtype(dtype)
     made_with = checkpoint.model("scheduler", "transformer", "vae")
-    jobs = _jobs(manifest, checkpoint, config, check_settings(overrides), noise, dtype)
+    pictures = (
+        _all_pictures(manifest, checkpoint, check_settings(overrides)) if wanted is None else _find(wanted, manifest)
+    )
+    jobs = _jobs(pictures, manifest, checkpoint, config, noise, dtype)
 
     if any(not job.settings.guided and job.item.negative_prompt.strip() for job in jobs):
         notice("negative prompts are not used where cfg is 1 or less")
@@ -115,17 +122,29 @@ def denoise(
         whole = {
             key
             for key, item in done.items()
-            if store.is_whole(directory, (*item.files, *item.trajectory), LatentsManifest)
-            and (item.trajectory or not keep_trajectory)
+            if store.is_whole(directory, (*item.files, *item.trajectory)) and (item.trajectory or not keep_trajectory)
         }
-        todo = [job for job in jobs if job.key not in whole]
+        inputs = tuple(dict.fromkeys((*latents.inputs, manifest_id)))
+
+        def publish_manifest() -> None:
+            items = tuple(done.values())
+            store.write_manifest(
+                directory, LatentsManifest(versions=versions(), model=made_with, inputs=inputs, items=items)
+            )
+
+        missing = [job for job in jobs if job.key not in whole]
+        adopted = [item for job in missing if not keep_trajectory and (item := _adopt(job, directory, dtype, notice))]
+        if adopted:
+            done |= {item.key: item for item in adopted}
+            whole |= {item.key for item in adopted}
+            publish_manifest()
+        todo = [job for job in missing if job.key not in whole]
         if len(todo) < len(jobs):
             notice(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are denoised already")
         if not todo:
             return directory, []
         prompts = _load_embeddings(source, manifest, todo, config)
         transformer = _load_transformer(checkpoint, config, compute)
-        inputs = tuple(dict.fromkeys((*latents.inputs, manifest_id)))
         failures, begun = [], 0
         for group in _batches(todo, batch):
             watch = Stopwatch()
@@ -142,16 +161,18 @@ def denoise(
                     noise_from = "injected noise" if job.seed is None else f"seed {job.seed}"
                     failures.append(f"{job.item.prompt!r}, {noise_from}: the latents became NaN or infinite")
                     continue
-                files = store.publish(directory, f"{job.key}.zarr", partial(store.write_latents, latents=result))
-                kept = trajectory.files() if keep_trajectory else ()
-                done[job.key] = _latents_item(job, files, kept, cost, dtype)
+                content = arrays.pack(result)
+                files = store.publish(directory, f"{job.key}.zarr", content)
+                item = _latents_item(job, files, (), cost, dtype)
+                cache.put(cache.LATENTS, item, content)
+                done[job.key] = replace(item, trajectory=trajectory.files()) if keep_trajectory else item
             # after every batch, so that an interruption loses no finished picture; a batch stays together, because
             # one of another size would round differently
-            latents = LatentsManifest(versions=versions(), model=made_with, inputs=inputs, items=tuple(done.values()))
-            store.write_manifest(directory, latents)
+            publish_manifest()
             if not keep_trajectory:
                 for trajectory in trajectories:
                     trajectory.remove()
+    cache.keep_to_limit()
     return directory, failures
 
 
@@ -189,16 +210,35 @@ class Checkpoints:
         self.saving_took = self.saved_at - started
 
 
+def _all_pictures(
+    manifest: EmbeddingsManifest, checkpoint: Checkpoint, overrides: Settings
+) -> list[tuple[PromptItem, Resolved, int]]:
+    """Every prompt with each of its seeds."""
+    settings = [_resolve(overrides, item.settings, checkpoint.defaults) for item in manifest.items]
+    return [(item, own, seed) for item, own in zip(manifest.items, settings, strict=True) for seed in own.seeds]
+
+
+def _find(wanted: list[Wanted], manifest: EmbeddingsManifest) -> list[tuple[PromptItem, Resolved, int]]:
+    """What is wanted, with the prompts that it names by their keys."""
+    prompts: dict[tuple[str, str | None], PromptItem] = {(item.prompt_key, None): item for item in manifest.items}
+    prompts |= {(item.prompt_key, item.negative_key): item for item in manifest.items}
+    found = []
+    for each in wanted:
+        item = prompts.get((each.prompt_key, each.negative_key))
+        if item is None:
+            raise UserError(f"the run has no prompt {each.prompt_key}, not {each.negative_key}; encode it first")
+        found.append((item, _resolve(each.settings()), each.seed))
+    return found
+
+
 def _jobs(
+    wanted: list[tuple[PromptItem, Resolved, int]],
     manifest: EmbeddingsManifest,
     checkpoint: Checkpoint,
     config: "TransformerConfig",
-    overrides: Settings,
     noise: Path | None,
     dtype: str,
 ) -> list[Job]:
-    settings = [_resolve(overrides, item.settings, checkpoint.defaults) for item in manifest.items]
-    wanted = [(item, own, seed) for item, own in zip(manifest.items, settings, strict=True) for seed in own.seeds]
     injected = _load_noise(noise, len(wanted)) if noise else None
     tokens = {embedding.key: embedding.tokens for embedding in manifest.embeddings}
     factor = checkpoint.vae_scale_factor
@@ -268,17 +308,12 @@ def _load_embeddings(
     for key in {key for job in jobs for key in (job.item.prompt_key, job.item.negative_key)}:
         embedding = listed[key]
         path = source / embedding.file.path
-        store.verify(source, (embedding.file,), EmbeddingsManifest)
-        try:
-            prompt_embeds = mx.load(str(path), format="safetensors")["prompt_embeds"]
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({error}); run `qwen-stage encode` again") from None
-        if prompt_embeds.shape != (embedding.tokens, embedding.dim):
-            raise UserError(f"{path} has another shape than its manifest says; run `qwen-stage encode` again")
+        data = store.read_embeddings(source, embedding)
+        prompt_embeds = mx.load(io.BytesIO(data), format="safetensors")["prompt_embeds"]
         if embedding.dim != config.joint_attention_dim:
             raise UserError(f"{path} is {embedding.dim} wide, the transformer wants {config.joint_attention_dim}")
         if not mx.isfinite(prompt_embeds).all().item():
-            raise UserError(f"{path} holds NaN or infinite numbers; run `qwen-stage encode` again")
+            raise UserError(f"{path} holds NaN or infinite numbers; repair it with `qwen-stage rerun`")
         prompts[key] = prompt_embeds
     return prompts
 
@@ -384,6 +419,15 @@ def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) ->
     combined = negative + true_cfg_scale * (positive - negative)
     norm, wanted = (mx.linalg.norm(x, axis=-1, keepdims=True) for x in (combined, positive))
     return combined * mx.where(norm > 0, wanted / norm, 0)
+
+
+def _adopt(job: Job, directory: Path, dtype: str, notice: Notice) -> LatentsItem | None:
+    """A picture's latents from the cache, published in the run."""
+    if cached := cache.find(cache.LATENTS, job.key, notice):
+        files = cache.adopt(cache.LATENTS, job.key, directory, f"{job.key}.zarr", notice)
+        if files:
+            return _latents_item(job, files, (), cached.cost, dtype)
+    return None
 
 
 def _latents_item(

@@ -1,8 +1,7 @@
 """prompts -> prompt_embeds: the first stage. Holds Qwen-Image's prompt template."""
 
-import shutil
+import io
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +59,7 @@ def encode(
     default_negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     negatives = [default_negative if p.negative_prompt is None else p.negative_prompt for p in prompts]
     texts = {text: _key(text, checkpoint, dtype) for text in [*(p.prompt for p in prompts), *negatives]}
-    cached = {text: entry for text, key in texts.items() if (entry := cache.get(key, notice))}
+    cached = {text: entry for text, key in texts.items() if (entry := cache.find(cache.EMBEDDINGS, key, notice))}
     tokens = _tokenize([text for text in texts if text not in cached], checkpoint)
     counts = {text: entry.prompt_tokens for text, entry in cached.items()}
     counts |= {text: each.prompt_tokens for text, each in tokens.items()}
@@ -71,20 +70,17 @@ def encode(
     with store.run_directory(out) as run, store.writing(run / EmbeddingsManifest.kind) as directory:
         before = _read_before(directory, checkpoint)
         held = {embedding.key: embedding for embedding in before.embeddings} if before else {}
-        for entry in cached.values():
-            if entry.key not in held:
-                held[entry.key] = _adopt(entry, directory)
-        todo = {text: each for text, each in tokens.items() if texts[text] not in held}
+        todo = [text for text, key in texts.items() if not _is_held(key, held, directory, notice)]
         if len(todo) < len(texts):
             notice(f"{len(texts) - len(todo)} of {len(texts)} texts are encoded already")
         if todo:
-            with cache.lock(notice):
-                for text in list(todo):  # another process may have done it meanwhile
-                    if entry := cache.get(texts[text], notice):
-                        held[entry.key] = _adopt(entry, directory)
-                        del todo[text]
+            with cache.lock(cache.EMBEDDINGS, notice):
+                # another process may have done it meanwhile
+                todo = [text for text in todo if not _is_held(texts[text], held, directory, notice)]
                 if todo:
-                    held |= _embed(todo, texts, checkpoint, dtype, directory, report)
+                    tokens |= _tokenize([text for text in todo if text not in tokens], checkpoint)
+                    wanted = {text: tokens[text] for text in todo}
+                    held |= _embed(wanted, texts, checkpoint, dtype, directory, report)
         items = [
             PromptItem(
                 prompt=prompt.prompt,
@@ -104,6 +100,8 @@ def encode(
             cost=watch.cost(),
         )
         store.write_manifest(directory, manifest)
+    if todo:
+        cache.keep_to_limit()
     return run
 
 
@@ -141,14 +139,17 @@ def _read_before(directory: Path, checkpoint: Checkpoint) -> EmbeddingsManifest 
     if before is None:
         return None
     checkpoint.check_made_with(before.model, COMPONENTS, f"the embeddings already in {directory} were")
-    whole = [each for each in before.embeddings if store.is_whole(directory, (each.file,), EmbeddingsManifest)]
+    whole = [each for each in before.embeddings if store.is_whole(directory, (each.file,))]
     return replace(before, embeddings=tuple(whole))
 
 
-def _adopt(entry: Embedding, directory: Path) -> Embedding:
-    """Copies a cache entry into the run."""
-    (file,) = store.publish(directory, f"{entry.key}.safetensors", partial(shutil.copyfile, cache.path_of(entry)))
-    return replace(entry, file=file)
+def _is_held(key: str, held: dict[str, Embedding], directory: Path, notice: Notice) -> bool:
+    """Whether a run holds an embedding, after looking for it in the cache."""
+    if key not in held and (entry := cache.find(cache.EMBEDDINGS, key, notice)):
+        files = cache.adopt(cache.EMBEDDINGS, key, directory, f"{key}.safetensors", notice)
+        if files:
+            held[key] = replace(entry, file=files[0])
+    return key in held
 
 
 def _tokenize(texts: list[str], checkpoint: Checkpoint) -> dict[str, Tokens]:
@@ -187,22 +188,22 @@ def _embed(
             raise UserError(f"prompt {_short(text)} gives embeddings with NaN: the text encoder is damaged")
         tokens, dim = prompt_embeds.shape
         tensors = {"prompt_embeds": prompt_embeds, "prompt_embeds_mask": mx.ones(tokens, dtype=mx.bool_)}
-        (file,) = store.publish(directory, f"{key}.safetensors", partial(_write, tensors=tensors))
+        content = _safetensors(tensors)
+        (file,) = store.publish(directory, f"{key}.safetensors", content)
         embeddings[key] = Embedding(
             key=key, tokens=tokens, prompt_tokens=each.prompt_tokens, dim=dim, dtype=dtype, file=file
         )
-        cache.put(embeddings[key], directory / file.path)
+        cache.put(cache.EMBEDDINGS, embeddings[key], content)
         report("encode", len(embeddings), len(todo))
     return embeddings
 
 
-def _write(path: Path, tensors: "dict[str, mx.array]") -> None:
+def _safetensors(tensors: "dict[str, mx.array]") -> bytes:
     import mlx.core as mx
 
-    try:
-        mx.save_safetensors(str(path), tensors)
-    except RuntimeError as error:  # how MLX reports a full disk
-        raise UserError(f"cannot write to {path.parent}: {error}") from None
+    file = io.BytesIO()
+    mx.save_safetensors(file, tensors)
+    return file.getvalue()
 
 
 def _short(text: str) -> str:

@@ -54,12 +54,22 @@ def small_model(golden) -> Path:
     return golden("square-static-shift-no-guidance").checkpoint
 
 
+@pytest.fixture
+def fresh_cache(tmp_path_factory, monkeypatch) -> Callable[[], Path]:
+    """fresh_cache(): from here on nothing that was made before is found again."""
+
+    def begin() -> Path:
+        directory = tmp_path_factory.mktemp("cache")
+        monkeypatch.setenv("QWEN_STAGE_CACHE", str(directory))
+        return directory
+
+    return begin
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> Path:
+def own_cache(fresh_cache) -> Path:
     """Every test starts with an empty cache of its own."""
-    directory = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("QWEN_STAGE_CACHE", str(directory))
-    return directory
+    return fresh_cache()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import GOLDEN
 
@@ -59,6 +60,44 @@ def test_a_full_hit_imports_no_tensor_library(tmp_path, small_model, own_cache):
     ]
     assert "mlx" in seen[0].splitlines()[-1].split()
     assert seen[1].splitlines()[-1] == "0"
+
+
+def contents(run: Path, kind: str, name: str) -> dict[str, bytes]:
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in (run / kind).glob(name) if path.is_file()}
+
+
+def test_runs_share_latents_and_pictures(qwen_stage, tmp_path, small_model, own_cache):
+    """Another run that asks for the same, and more, computes only what is new."""
+    write(tmp_path / "p.txt", "a")
+    for run, seeds, said in (("one", [1, 2], None), ("two", [2, 3], "1 of 2"), ("three", [3, 1], "2 of 2")):
+        qwen_stage("encode", "p.txt", f"--out={run}", f"--model={small_model}")
+        denoised = qwen_stage("denoise", f"--embeddings={run}", "--size=32x48", "--steps=2", "--seed", *seeds)
+        decoded = qwen_stage("decode", run)
+        for result in (denoised, decoded):
+            assert result.code == 0, result.err
+            assert (f"{said} pictures are" in result.err) if said else ("already" not in result.err)
+        assert [Path(path).name for path in decoded.out] == [
+            f"{i:04d}-a-s{seed}.png" for i, seed in enumerate(seeds, 1)
+        ]
+    one, two, three = (tmp_path / run for run in ("one", "two", "three"))
+    assert (
+        contents(one, "latents", "*.zarr/**/*").items()
+        <= {
+            **contents(two, "latents", "*.zarr/**/*"),
+            **contents(three, "latents", "*.zarr/**/*"),
+        }.items()
+    )
+    assert (one / "images/0001-a-s1.png").read_bytes() == (three / "images/0002-a-s1.png").read_bytes()
+    assert len(list(own_cache.glob("latents/??/*.json"))) == len(list(own_cache.glob("images/??/*.json"))) == 3
+
+
+def test_the_cache_keeps_to_its_limit(qwen_stage, tmp_path, small_model, monkeypatch):
+    monkeypatch.setenv("QWEN_STAGE_CACHE_SIZE", "5KB")
+    write(tmp_path / "p.txt", *(f"prompt {number}" for number in range(20)))
+    assert qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}").code == 0
+    sizes = [entry.size for entry in cache.entries()]
+    assert 5000 - max(sizes) < sum(sizes) <= 5000
+    assert len(embeddings(tmp_path / "run")) == 21
 
 
 @pytest.mark.parametrize("damage", ["flip", "short", "record", "symlink", "swapped"])
@@ -138,17 +177,17 @@ def test_show_verify_and_trim(qwen_stage, tmp_path, small_model, own_cache):
     shown = qwen_stage("cache", "show").out
     assert shown[0].startswith("4 embeddings, ")
     assert shown[-1] == str(own_cache)
-    assert qwen_stage("cache", "verify").out == ["4 embeddings are whole, 0 were damaged and are set aside"]
+    assert qwen_stage("cache", "verify").out == ["4 entries are whole, 0 were damaged and are set aside"]
     used = cache.entries()
     for age, entry in enumerate(reversed(used)):
         os.utime(own_cache / "embeddings" / entry.key[:2] / f"{entry.key[2:]}.json", (time.time() - 100 * age,) * 2)
     survivors = {entry.key for entry in cache.entries()[2:]}
     limit = sum(entry.size for entry in cache.entries()[2:])
-    assert qwen_stage("cache", "trim", f"--max-size={limit}").out[0].startswith("removed 2 embeddings")
+    assert qwen_stage("cache", "trim", f"--max-size={limit}").out[0].startswith("removed 2 entries")
     assert {entry.key for entry in cache.entries()} == survivors
     next(own_cache.glob("embeddings/??/*.safetensors")).write_bytes(b"x")
     damaged = qwen_stage("cache", "verify")
-    assert (damaged.code, damaged.out) == (3, ["1 embeddings are whole, 1 were damaged and are set aside"])
+    assert (damaged.code, damaged.out) == (3, ["1 entries are whole, 1 were damaged and are set aside"])
     assert qwen_stage("cache", "trim", "--max-size=0").code == 0
     assert not cache.entries()
     assert not list(own_cache.rglob("*.safetensors"))
@@ -166,9 +205,15 @@ def test_bad_sizes(text):
         cache.parse_bytes(text)
 
 
-def test_version_1_of_an_embeddings_manifest_is_upgraded(tmp_path):
-    """The golden file was written by the first version's code."""
-    (tmp_path / "manifest.json").write_bytes((GOLDEN / "manifests" / "embeddings-1.json").read_bytes())
-    manifest, _ = store.read_manifest(tmp_path, EmbeddingsManifest)
-    assert [each.prompt_tokens for each in manifest.embeddings] == [each.tokens for each in manifest.embeddings]
+@pytest.mark.parametrize("version", ["embeddings-1", "embeddings-2", "latents-1", "images-1"])
+def test_manifests_of_older_versions_are_upgraded(tmp_path, version):
+    """The golden files were written by the code of those versions."""
+    (tmp_path / "manifest.json").write_bytes((GOLDEN / "manifests" / f"{version}.json").read_bytes())
+    kind = {kind.kind: kind for kind in store.KINDS}[version.partition("-")[0]]
+    manifest, _ = store.read_manifest(tmp_path, kind)
+    assert isinstance(manifest, kind)
     assert manifest.items[0].prompt == "a red circle"
+    if version == "embeddings-1":
+        assert [each.prompt_tokens for each in manifest.embeddings] == [each.tokens for each in manifest.embeddings]
+    store.write_manifest(tmp_path, manifest)
+    assert msgspec.structs.replace(store.read_manifest(tmp_path, kind)[0], checksum="") == manifest

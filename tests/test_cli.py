@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 
-from artifacts_schema import store
+from artifacts_schema import arrays, store
 from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest, Settings
 
 
@@ -116,9 +117,13 @@ def test_damaged_embeddings(qwen_stage, encoded):
     path = next((encoded / "embeddings").glob("*.safetensors"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert_one_clear_line(qwen_stage("denoise", f"--embeddings={encoded}", *FAST), path.name, "damaged", "encode")
+    assert_one_clear_line(
+        qwen_stage("denoise", f"--embeddings={encoded}", *FAST), path.name, "damaged", "qwen-stage rerun"
+    )
     path.unlink()
-    assert_one_clear_line(qwen_stage("denoise", f"--embeddings={encoded}", *FAST), path.name, "missing", "encode")
+    assert_one_clear_line(
+        qwen_stage("denoise", f"--embeddings={encoded}", *FAST), path.name, "missing", "qwen-stage rerun"
+    )
 
 
 def test_nan_in_embeddings(qwen_stage, encoded):
@@ -128,7 +133,7 @@ def test_nan_in_embeddings(qwen_stage, encoded):
     first, *others = manifest.embeddings
     tensors = load_file(directory / first.file.path)
     tensors["prompt_embeds"][0, 0] = np.nan
-    (file,) = store.publish(directory, first.file.path, lambda path: save_file(tensors, path))
+    (file,) = store.publish(directory, first.file.path, safetensors.numpy.save(tensors))
     store.write_manifest(directory, replace(manifest, embeddings=(replace(first, file=file), *others)))
     assert_one_clear_line(qwen_stage("denoise", f"--embeddings={encoded}", *FAST), first.file.path, "NaN")
 
@@ -140,7 +145,7 @@ def test_nan_in_latents(qwen_stage, encoded):
     (item,) = manifest.items
     latents = store.read_latents(directory, item)
     latents[0, 0, 0] = np.inf
-    files = store.publish(directory, item.directory, lambda path: store.write_latents(path, latents))
+    files = store.publish(directory, item.directory, arrays.pack(latents))
     store.write_manifest(directory, replace(manifest, items=(replace(item, files=files),)))
     assert_one_clear_line(qwen_stage("decode", encoded), item.directory, "NaN")
 

@@ -56,13 +56,14 @@ def test_golden_pictures(qwen_stage, tmp_path, golden, name, batching):
         assert_same_picture(np.array(Image.open(tmp_path / result.out[i])), expected["pictures"][i])
 
 
-def test_one_by_one_equals_run(qwen_stage_process, tmp_path, small_model):
+def test_one_by_one_equals_run(qwen_stage_process, tmp_path, small_model, fresh_cache):
     """Byte-identical files from `run` and from the three commands, as real processes."""
     arguments = [f"--model={small_model}"]
     settings = ["--seed", "5", "6", "--size=48x32", "--steps=3"]
     whole = qwen_stage_process("run", "a red circle", "zwei", *settings, "--out=whole", *arguments)
     assert whole.code == 0, whole.err
     assert len(whole.out) == 4
+    fresh_cache()
     encoded = qwen_stage_process("encode", "-", "--out=steps", *arguments, input=b"a red circle\nzwei\n")
     denoised = qwen_stage_process("denoise", f"--embeddings={encoded.out[-1]}", *settings)
     decoded = qwen_stage_process("decode", denoised.out[-1])
@@ -72,12 +73,13 @@ def test_one_by_one_equals_run(qwen_stage_process, tmp_path, small_model):
         assert (tmp_path / ours).read_bytes() == (tmp_path / theirs).read_bytes()
 
 
-def test_a_picture_does_not_depend_on_its_company(qwen_stage, tmp_path, small_model):
+def test_a_picture_does_not_depend_on_its_company(qwen_stage, tmp_path, small_model, fresh_cache):
     """The same seed and prompt alone, in a batch, and in another order."""
     (tmp_path / "one.txt").write_text("the one\n")
     (tmp_path / "many.txt").write_text("a much longer prompt that comes before it\nthe one\nshort\n")
     settings = ["--size=32x64", "--steps=3"]
     for name, seeds, batch in (("one", [3], 1), ("many", [9, 3], 4)):
+        fresh_cache()
         qwen_stage("encode", f"{name}.txt", f"--out={name}", f"--model={small_model}")
         result = qwen_stage("denoise", f"--embeddings={name}", "--seed", *seeds, *settings, f"--batch={batch}")
         assert result.code == 0, result.err
@@ -239,7 +241,8 @@ def test_stages_in_the_current_directory(qwen_stage, tmp_path, small_model, monk
     assert (tmp_path / "run/images/0001-a-s42.png").exists()
 
 
-def test_damaged_latents_are_made_again(qwen_stage, tmp_path, small_model):
+@pytest.mark.parametrize("cached", [True, False])
+def test_damaged_latents_are_made_again(qwen_stage, tmp_path, small_model, fresh_cache, cached):
     (tmp_path / "p.txt").write_text("a\n")
     qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
     denoise = ["denoise", "--embeddings=run", "--size=32x32", "--steps=1"]
@@ -248,7 +251,9 @@ def test_damaged_latents_are_made_again(qwen_stage, tmp_path, small_model):
     chunk = next((tmp_path / "run/latents").glob("*.zarr/c/0/0/0"))
     chunk.write_bytes(b"damaged")
     assert qwen_stage("decode", "run").code == 2
-    assert qwen_stage(*denoise).code == 0
+    if not cached:
+        fresh_cache()
+    assert ("already" in qwen_stage(*denoise).err) == cached
     assert np.array_equal(latents_of(tmp_path / "run")["a", 42], before)
     assert qwen_stage("decode", "run").code == 0
 
@@ -380,7 +385,7 @@ def test_killed_at_random_and_resumed_it_ends_bit_identical(qwen_stage, tmp_path
     assert killed == undisturbed
 
 
-def test_an_interrupted_picture_goes_on_where_it_was(tmp_path, qwen_stage, golden):
+def test_an_interrupted_picture_goes_on_where_it_was(tmp_path, qwen_stage, golden, fresh_cache):
     """SIGTERM finishes the step and saves it, without --keep-trajectory too; the next start goes on from there."""
     model = golden("landscape-linear-shift").checkpoint
     (tmp_path / "p.txt").write_text("a\n")
@@ -390,6 +395,7 @@ def test_an_interrupted_picture_goes_on_where_it_was(tmp_path, qwen_stage, golde
     assert qwen_stage("denoise", "--embeddings=undisturbed", *settings).code == 0
     assert not list((tmp_path / "undisturbed").rglob("*.trajectory.zarr"))
     command = [sys.executable, "-P", "-m", "orchestrator.cli", "denoise", "--embeddings=stopped", *settings]
+    fresh_cache()
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list((tmp_path / "stopped").glob("latents/*.trajectory.zarr/c/*/0/0/0")) and child.poll() is None:
         time.sleep(0.01)  # until the first checkpoint

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts_schema import keys, store
+from artifacts_schema import arrays, keys, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import Cost, File, ImagesManifest, LatentsItem, LatentsManifest, Model
 
@@ -41,7 +41,7 @@ def latents_item(latents: np.ndarray, files: tuple[File, ...], key: str = "a" * 
 def published(tmp_path):
     """A latents directory with one item. Returns (directory, item, latents)."""
     latents = np.random.default_rng(0).standard_normal((16, 8, 8)).astype(np.float32)
-    files = store.publish(tmp_path, f"{'a' * 32}.zarr", lambda path: store.write_latents(path, latents))
+    files = store.publish(tmp_path, f"{'a' * 32}.zarr", arrays.pack(latents))
     item = latents_item(latents, files)
     store.write_manifest(tmp_path, LatentsManifest(versions={}, model=MODEL, items=(item,)))
     return tmp_path, item, latents
@@ -62,25 +62,37 @@ def test_latents_round_trip(published):
 def test_publishing_replaces_what_a_crash_left(published):
     directory, item, latents = published
     (directory / item.directory / "c" / "0" / "0" / "0").write_bytes(b"half written")
-    files = store.publish(directory, item.directory, lambda path: store.write_latents(path, latents))
+    files = store.publish(directory, item.directory, arrays.pack(latents))
     assert files == item.files
     assert np.array_equal(store.read_latents(directory, item), latents)
     assert leftovers(directory) == []
 
 
-@pytest.mark.parametrize("content", ["file", "directory"])
-def test_a_failed_write_leaves_nothing(tmp_path, content):
-    def write(path):
-        if content == "directory":
-            path.mkdir()
-            (path / "part").write_text("half")
-        else:
-            path.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("content", [b"whole", {"a/b": b"part", "a/c": b"whole"}])
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, content):
+    write = os.write
 
+    def full(descriptor, data):
+        if bytes(data) == b"whole":
+            write(descriptor, data[:2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space"):
-        store.publish(tmp_path, "x", write)
+        store.publish(tmp_path, "x", content)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_whole_is_not_replaced(published):
+    directory, item, latents = published
+    before = (directory / item.directory).stat().st_ino
+    assert store.publish(directory, item.directory, arrays.pack(latents)) == item.files
+    assert (directory / item.directory).stat().st_ino == before
+    (directory / item.directory / "extra").write_bytes(b"")
+    store.publish(directory, item.directory, arrays.pack(latents))
+    assert (directory / item.directory).stat().st_ino != before
+    store.read_latents(directory, item)
 
 
 def test_any_flipped_bit_is_found(published):
@@ -121,12 +133,12 @@ def test_files_that_are_not_what_was_written(published, damage):
 @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../outside", ""])
 def test_paths_that_leave_the_directory_are_refused(tmp_path, path):
     with pytest.raises(UserError, match="leaves the directory"):
-        store.verify(tmp_path, (File(path=path, size=0, sha256=SHA),), LatentsManifest)
+        store.verify(tmp_path, (File(path=path, size=0, sha256=SHA),))
 
 
 def test_not_finite_latents_are_refused(tmp_path):
     latents = np.full((16, 4, 4), np.nan, np.float32)
-    files = store.publish(tmp_path, f"{'a' * 32}.zarr", lambda path: store.write_latents(path, latents))
+    files = store.publish(tmp_path, f"{'a' * 32}.zarr", arrays.pack(latents))
     with pytest.raises(UserError, match="NaN"):
         store.read_latents(tmp_path, latents_item(latents, files))
 
@@ -138,7 +150,7 @@ def test_not_finite_latents_are_refused(tmp_path):
         (b"{}", "damaged"),
         (b"\xff\xfe", "damaged"),
         (b"[" * 100_000, "damaged"),
-        (b'{"schema": "qwen-stage/latents/2"}', "newer qwen-stage .*upgrade"),
+        (b'{"schema": "qwen-stage/latents/3"}', "newer qwen-stage .*upgrade"),
         (b'{"schema": "qwen-stage/images/1"}', "holds images, not latents"),
         (b'{"schema": "qwen-stage/latents/1", "versions": {}, "items": []}', "damaged: .*model"),
     ],
