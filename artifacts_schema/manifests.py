@@ -122,7 +122,7 @@ class Recipe(Record, frozen=True, kw_only=True):
     model: str
     fingerprints: dict[str, Sha256]
     dtype: str
-    decode_dtype: str = "float32"
+    decode_dtype: str | None = None  # None: from before it was recorded
     latents_key: Key  # rather than a manifest's id: that changes with every picture added beside it
 
     def parameters(self) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from artifacts_schema.errors import UserError
+from orchestrator import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 
 if TYPE_CHECKING:
     from artifacts_schema.manifests import Settings
 
-EXIT_DONE, EXIT_BAD_INPUT, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
 SAME_GESTURE_SECONDS = 1.0  # a Ctrl-C may arrive twice: from the terminal and from the parent
 
 
@@ -113,15 +113,18 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _denoise(args: argparse.Namespace) -> int:
+    from artifacts_schema.prompts import parse_wanted
     from orchestrator.progress import Bar
     from stages.denoise import denoise
 
+    wanted = parse_wanted(*_read_items(args.items)) if args.items else None
     with _deferred_interrupts() as interrupted:
         directory, failures = denoise(
             args.embeddings,
             args.model,
             args.out,
-            _settings(args),
+            _settings(args, args.seed),
+            wanted=wanted,
             batch=args.batch,
             batch_guidance=args.batch_guidance,
             noise=args.noise,
@@ -141,10 +144,12 @@ def _decode(args: argparse.Namespace) -> int:
     from orchestrator.progress import Bar
     from stages.decode import decode
 
+    items = frozenset(_read_items(args.items)[0].decode("ascii", "replace").split()) if args.items else None
     pictures, failures = decode(
         args.latents,
         args.model,
         args.out,
+        items=items,
         dtype=args.dtype,
         report=Bar(),
         notice=_notice,
@@ -161,7 +166,12 @@ def _run(args: argparse.Namespace) -> int:
     from artifacts_schema.prompts import Entry, to_jsonl
     from orchestrator.run import stage
 
-    settings = _settings(args)
+    args.decode_dtype = args.dtype
+    if args.like is not None:
+        _fill_in_from(args.like, args)
+    if not args.prompts:
+        raise UserError("give a prompt, or a picture to make again with --like")
+    settings = _settings(args, args.seed)
     if args.noise is not None and not args.noise.is_file():
         raise UserError(f"--noise {args.noise}: no such file")
     size = None if settings.width is None else f"{settings.width}x{settings.height}"
@@ -175,56 +185,113 @@ def _run(args: argparse.Namespace) -> int:
         )
         for prompt in args.prompts
     ]
-    common = [*_option("--model", args.model), *_option("--dtype", args.dtype), *(["--debug"] if args.debug else [])]
-    encoding = [*_option("--out", args.out), *_option("--negative-prompt", args.negative_prompt)]
+    common = [*_option("--model", args.model), *(["--debug"] if args.debug else [])]
+    compute = _option("--dtype", args.dtype)
+    encoding = [*compute, *_option("--out", args.out), *_option("--negative-prompt", args.negative_prompt)]
     encoding += ["--truncate"] if args.truncate else []
     code, lines = stage("encode", "-", "--format=jsonl", *common, *encoding, stdin=to_jsonl(entries))
     if code:
         return code
     run = lines[-1]
-    denoising = [f"--batch={args.batch}", *_option("--noise", args.noise)]
+    denoising = [*compute, f"--batch={args.batch}", *_option("--noise", args.noise)]
     denoising += ["--batch-guidance"] if args.batch_guidance else []
     denoising += ["--keep-trajectory"] if args.keep_trajectory else []
     denoised, _ = stage("denoise", f"--embeddings={run}", *common, *denoising)
     if denoised not in (EXIT_DONE, EXIT_SOME_FAILED):
         return denoised
-    decoded, _ = stage("decode", *common, "--", run)
+    decoded, _ = stage("decode", *common, *_option("--dtype", args.decode_dtype), "--", run)
     if decoded not in (EXIT_DONE, EXIT_SOME_FAILED):
         return decoded
-    for picture in _pictures(Path(run), args.prompts, settings.seeds):
+    for picture in _pictures(Path(run), args.prompts, settings):
         print(picture)
     return decoded or denoised
 
 
-def _pictures(run: Path, prompts: list[str], seeds: tuple[int, ...] | None) -> list[Path]:
-    """A run's pictures of these prompts and seeds; it may hold others, made before."""
-    from artifacts_schema import store
-    from artifacts_schema.manifests import ImagesManifest
+def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
+    """What the command line does not say is as the picture's recipe has it."""
+    from orchestrator.inspect import read_recipe
+    from stages.checkpoint import open_checkpoint
 
+    recipe = read_recipe(picture)
+    try:
+        checkpoint = open_checkpoint(args.model or recipe.model)
+    except UserError as error:
+        if args.model:
+            raise
+        raise UserError(f"{picture} was made with {recipe.model!r}; say with --model where that is ({error})") from None
+    others = [name for name, found in recipe.fingerprints.items() if checkpoint.fingerprint(name) != found]
+    if others:
+        _notice(f"{picture} was made with another {' and '.join(others)}: this picture will be another")
+    if recipe.seed is None and not args.seed and args.noise is None:
+        raise UserError(f"{picture} was made from a file of noise; give that with --noise, or a --seed")
+    args.prompts = args.prompts or [recipe.prompt]
+    args.model = args.model or recipe.model
+    args.seed = args.seed or ([] if recipe.seed is None else [recipe.seed])
+    args.size = args.size or f"{recipe.width}x{recipe.height}"
+    args.steps = args.steps or recipe.num_inference_steps
+    args.cfg = recipe.true_cfg_scale if args.cfg is None else args.cfg
+    args.negative_prompt = recipe.negative_prompt if args.negative_prompt is None else args.negative_prompt
+    args.dtype, args.decode_dtype = args.dtype or recipe.dtype, args.dtype or recipe.decode_dtype
+
+
+def _rerun(args: argparse.Namespace) -> int:
+    from artifacts_schema.manifests import Settings
+    from orchestrator.rerun import Changes, Rerun
+
+    options = [f"--batch={args.batch}"]
+    options += ["--batch-guidance"] if args.batch_guidance else []
+    options += ["--keep-trajectory"] if args.keep_trajectory else []
+    more = [seed for seed in args.seed if seed.startswith("+")]
+    if more and len(args.seed) > 1:
+        raise UserError("give either seeds or +N for N more of them")
+    settings = _settings(args, [] if more else [int(seed) for seed in args.seed])
+    changes = Changes(settings, int(more[0]) if more else 0, args.dtype)
+    if args.start == "decode" and (settings != Settings() or more):
+        raise UserError("seeds, size, steps and cfg are settings of denoise; rerun with --from denoise")
+    code, pictures = Rerun(args.run, args.model, options, _notice).go(args.start, args.item or [], changes)
+    for picture in pictures:
+        print(picture)
+    return code
+
+
+def _pictures(run: Path, prompts: list[str], settings: "Settings") -> list[Path]:
+    """A run's pictures of these prompts with these settings; it may hold others, made before."""
+    from artifacts_schema import store
+    from artifacts_schema.manifests import ImagesManifest, LatentsItem, LatentsManifest
+
+    def is_asked_for(item: LatentsItem) -> bool:
+        seeds = {item.seed} if settings.seeds is None else {*settings.seeds, None}
+        fields = ("width", "height", "num_inference_steps", "true_cfg_scale")
+        same = all(getattr(settings, field) in (None, getattr(item, field)) for field in fields)
+        return item.prompt in prompts and item.seed in seeds and same
+
+    latents, _ = store.read_manifest(store.find(run, LatentsManifest), LatentsManifest)
     directory = store.find(run, ImagesManifest)
     images, _ = store.read_manifest(directory, ImagesManifest)
-    wanted = [item for item in images.items if item.prompt in prompts and (not seeds or item.seed in {*seeds, None})]
-    return [directory / item.file.path for item in wanted]
+    keys = {item.key for item in latents.items if is_asked_for(item)}
+    return [directory / item.file.path for item in images.items if item.latents_key in keys]
 
 
 def _inspect(args: argparse.Namespace) -> int:
     import msgspec
 
-    from artifacts_schema.manifests import Recipe
     from orchestrator import inspect
 
     found = inspect.read(args.path)
-    if isinstance(found, Recipe):
-        lines = [msgspec.json.encode(found).decode()] if args.json else list(inspect.recipe_in_words(args.path, found))
-        print("\n".join(lines))
-        return EXIT_DONE
     wrong = []
-    for directory, manifest in found:
+    if isinstance(found, inspect.Picture):
         if args.json:
-            print(msgspec.json.encode(manifest).decode())
+            print(inspect.picture_as_json(found))
         else:
-            print("\n".join(inspect.in_words(directory, manifest)))
-        wrong += inspect.damaged(directory, manifest) if args.verify else []
+            print("\n".join(inspect.picture_in_words(args.path, found)))
+        wrong += inspect.damaged_lineage(found) if args.verify else []
+    else:
+        for directory, manifest in found:
+            if args.json:
+                print(msgspec.json.encode(manifest).decode())
+            else:
+                print("\n".join(inspect.in_words(directory, manifest)))
+            wrong += inspect.damaged(directory, manifest) if args.verify else []
     for line in wrong:
         _notice(f"error: {line}")
     if args.verify and not wrong:
@@ -268,6 +335,16 @@ def _option(name: str, value: object) -> list[str]:
     return [] if value is None else [f"{name}={value}"]
 
 
+def _read_items(path: Path) -> tuple[bytes, str]:
+    """What --items names, and how to call it in errors."""
+    if str(path) == "-":
+        return sys.stdin.buffer.read(), "--items -"
+    try:
+        return path.read_bytes(), f"--items {path}"
+    except OSError as error:
+        raise UserError(f"--items {path}: {error.strerror}") from None
+
+
 def _read_prompts(path: Path, format: str | None) -> tuple[bytes, str, str]:
     """The bytes of a prompt file or standard input, their format, and the name for errors."""
     from artifacts_schema.prompts import FORMATS
@@ -295,14 +372,14 @@ def _announce(model: str | None) -> None:
         _notice(f"using the built-in demo model, which knows only flat-coloured shapes; {REAL_MODEL_HINT}")
 
 
-def _settings(args: argparse.Namespace) -> "Settings":
+def _settings(args: argparse.Namespace, seeds: list[int]) -> "Settings":
     from artifacts_schema.manifests import Settings
     from artifacts_schema.prompts import check_settings, parse_size
 
     width, height = parse_size(args.size) if args.size else (None, None)
     return check_settings(
         Settings(
-            seeds=tuple(args.seed) if args.seed else None,
+            seeds=tuple(seeds) or None,
             width=width,
             height=height,
             num_inference_steps=args.steps,
@@ -331,6 +408,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> str:
+    """ "7", or "+5" for five more."""
+    if int(text) < 1 and text.startswith("+"):
+        raise ValueError
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
@@ -341,10 +425,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help=f"{model_help}; default: that of the stage before, or the built-in demo",
     )
-    add("--out", type=_path, metavar="DIR", help="run directory to write into")
     dtype_help = "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs and for decode"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype_help)
     add("--debug", action="store_true", help="show the traceback of an error")
+
+    writing = argparse.ArgumentParser(add_help=False, parents=[common])
+    writing.add_argument("--out", type=_path, metavar="DIR", help="run directory to write into")
 
     encoding = argparse.ArgumentParser(add_help=False)
     add = encoding.add_argument
@@ -353,15 +439,19 @@ def _parser() -> argparse.ArgumentParser:
 
     denoising = argparse.ArgumentParser(add_help=False)
     add = denoising.add_argument
-    add("--seed", type=int, nargs="+", metavar="N", help="one picture for each, after the prompts; default: 42")
     add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     cfg_help = "guidance; 1 or less turns it off and halves the time; default: the model's own, or 4.0"
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
     add("--batch", type=_positive, default=1, metavar="N", help="pictures in one pass; default: 1")
     add("--batch-guidance", action="store_true", help="prompt and negative prompt in one pass")
-    noise_help = "start from this noise, not from seeds: safetensors, one float32 tensor `noise` [items, C, H/8, W/8]"
     add("--keep-trajectory", action="store_true", help="keep the latents of every step")
+
+    beginning = argparse.ArgumentParser(add_help=False)
+    add = beginning.add_argument
+    seed_help = "one picture for each, after the prompts; default: 42"
+    add("--seed", type=int, nargs="+", default=[], metavar="N", help=seed_help)
+    noise_help = "start from this noise, not from seeds: safetensors, one float32 tensor `noise` [items, C, H/8, W/8]"
     add("--noise", type=_path, metavar="FILE", help=noise_help)
 
     about = "Text to image with Qwen-Image on MLX, in three processes that exchange files: encode, denoise, decode."
@@ -369,24 +459,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen-stage {version('qwen-stage')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", parents=[common, encoding, denoising], help="prompts to pictures, all stages")
-    run.add_argument("prompts", nargs="+", type=_text, metavar="PROMPT")
+    run = commands.add_parser(
+        "run", parents=[writing, encoding, beginning, denoising], help="prompts to pictures, all stages"
+    )
+    run.add_argument("prompts", nargs="*", type=_text, metavar="PROMPT")
+    like_help = "a picture of qwen-stage: what is not said otherwise is as it was made"
+    run.add_argument("--like", type=_path, metavar="PNG", help=like_help)
     run.set_defaults(command=_run)
 
-    encode = commands.add_parser("encode", parents=[common, encoding], help="prompts to embeddings")
+    encode = commands.add_parser("encode", parents=[writing, encoding], help="prompts to embeddings")
     encode.add_argument(
         "prompts", type=_path, metavar="FILE", help=".txt (a prompt a line), .toml, .jsonl; - is standard input"
     )
     encode.add_argument("--format", choices=("txt", "toml", "jsonl"), help="default: by the file's name")
     encode.set_defaults(command=_encode)
 
-    denoise = commands.add_parser("denoise", parents=[common, denoising], help="embeddings to latents")
+    denoise = commands.add_parser("denoise", parents=[writing, beginning, denoising], help="embeddings to latents")
     denoise.add_argument("--embeddings", type=_path, required=True, metavar="DIR", help="a run or its embeddings/")
+    items_help = "make these and no others: JSON lines, as artifacts_schema/prompts.py has them; - is standard input"
+    denoise.add_argument("--items", type=_path, metavar="FILE", help=items_help)
     denoise.set_defaults(command=_denoise)
 
-    decode = commands.add_parser("decode", parents=[common], help="latents to PNG")
+    decode = commands.add_parser("decode", parents=[writing], help="latents to PNG")
     decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")
+    decode.add_argument("--items", type=_path, metavar="FILE", help="only the latents with these keys, one a line")
     decode.set_defaults(command=_decode)
+
+    rerun = commands.add_parser("rerun", parents=[common, denoising], help="repair a run, or make it again otherwise")
+    add = rerun.add_argument
+    add("run", type=_path, metavar="RUN", help="a run directory")
+    from_help = "the first stage to run again; what is there and whole is kept; default: encode"
+    add("--from", dest="start", choices=("encode", "denoise", "decode"), default="encode", help=from_help)
+    add("--item", type=_positive, nargs="+", metavar="N", help="only these pictures, by the numbers in their names")
+    add(
+        "--seed", type=_seed, nargs="+", default=[], metavar="N", help="other seeds; +5: five more than each prompt has"
+    )
+    rerun.set_defaults(command=_rerun)
 
     inspect = commands.add_parser("inspect", help="what a run, an artifact or a picture is, and whether it is whole")
     inspect.add_argument("path", type=_path, metavar="PATH", help="a run, its embeddings/, latents/ or images/, a PNG")

@@ -1,32 +1,39 @@
 """Says in human words what an artifact, a whole run or a picture is: what, from what, with what, at what cost."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from artifacts_schema import store
+from artifacts_schema import disk, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import (
+    Embedding,
     EmbeddingsManifest,
     File,
+    ImageItem,
     ImagesManifest,
     LatentsItem,
     LatentsManifest,
-    Manifest,
     Recipe,
 )
 
-KINDS: tuple[type[Manifest], ...] = (EmbeddingsManifest, LatentsManifest, ImagesManifest)
+
+class Picture(NamedTuple):
+    """A PNG's recipe, and where it came from, as far as that is still there: itself first, its embeddings last."""
+
+    recipe: Recipe
+    lineage: list[tuple[Path, ImageItem | LatentsItem | Embedding]]
 
 
-def read(path: Path) -> "list[tuple[Path, Any]] | Recipe":
-    """The recipe of a PNG, or the manifests (each with its directory) of a run or an artifact."""
+def read(path: Path) -> "list[tuple[Path, Any]] | Picture":
+    """The recipe and lineage of a PNG, or the manifests (each with its directory) of a run or an artifact."""
     if path.is_file():
-        return read_recipe(path)
+        return Picture(read_recipe(path), list(_lineage(path)))
     found = []
-    for kind in KINDS:
+    for kind in store.KINDS:
         for directory in (path, path / kind.kind):
             if (directory / store.MANIFEST).exists() and directory.resolve().name == kind.kind:
                 found.append((directory, store.read_manifest(directory, kind)[0]))
@@ -39,15 +46,35 @@ def read_recipe(path: Path) -> Recipe:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as picture:
-            text = picture.info.get("qwen-stage")
+        # through a descriptor that is no pipe, and of PNG alone: that reads no pixels to find the text
+        with disk.opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+            text = Image.open(file, formats=["PNG"]).info.get("qwen-stage")
         if not isinstance(text, str):
             raise UserError(f"{path} carries no recipe; it was not made by qwen-stage, or lost it on its way")
         return msgspec.json.decode(text.encode(), type=Recipe)
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError):
-        raise UserError(f"{path} is not a picture") from None
-    except (msgspec.MsgspecError, RecursionError, UnicodeError, ValueError) as error:
+        raise UserError(f"{path} is not a PNG") from None
+    except (RecursionError, ValueError) as error:  # msgspec's, Unicode's and Pillow's for text that inflates too far
         raise UserError(f"{path} carries a recipe that cannot be read: {error}") from None
+
+
+def _lineage(path: Path) -> Iterator[tuple[Path, ImageItem | LatentsItem | Embedding]]:
+    """From a picture in its run back to its prompt, through the manifests beside it."""
+    directory = path.resolve().parent
+    run = directory.parent
+    try:
+        images, _ = store.read_manifest(directory, ImagesManifest)
+        image = next(item for item in images.items if item.file.path == path.name)
+        yield directory / image.file.path, image
+        latents, _ = store.read_manifest(run / LatentsManifest.kind, LatentsManifest)
+        item = next(item for item in latents.items if item.key == image.latents_key)
+        yield run / LatentsManifest.kind / item.directory, item
+        embeddings, _ = store.read_manifest(run / EmbeddingsManifest.kind, EmbeddingsManifest)
+        for embedding in embeddings.embeddings:
+            if embedding.key in (item.prompt_key, item.negative_key):
+                yield run / EmbeddingsManifest.kind / embedding.file.path, embedding
+    except (UserError, StopIteration):  # the picture has travelled, or its run is no longer whole
+        return
 
 
 def in_words(directory: Path, manifest: Any) -> Iterator[str]:
@@ -72,11 +99,24 @@ def cost(item: Any) -> str:
     return f"{item.cost.seconds:g} s, at most {peak / 2**30:.2f} GiB"
 
 
-def recipe_in_words(path: Path, recipe: Recipe) -> Iterator[str]:
-    yield f"{path}: {recipe.prompt!r}"
-    for name, value in msgspec.structs.asdict(recipe).items():
+def picture_as_json(picture: Picture) -> str:
+    """The recipe's fields, and `lineage`: what it came from, each with its path."""
+    lineage = [{"path": str(place), **msgspec.to_builtins(item)} for place, item in picture.lineage]
+    return msgspec.json.encode({**msgspec.to_builtins(picture.recipe), "lineage": lineage}).decode()
+
+
+def picture_in_words(path: Path, picture: Picture) -> Iterator[str]:
+    yield f"{path}: {picture.recipe.prompt!r}"
+    for name, value in msgspec.structs.asdict(picture.recipe).items():
         if value is not None and name not in ("prompt", "fingerprints"):
             yield f"  {name.replace('_', ' ')}: {value}"
+    for place, item in picture.lineage:
+        if isinstance(item, Embedding):
+            yield f"  from {place}: {item.tokens} tokens of {item.dim} {item.dtype}"
+        elif isinstance(item, LatentsItem):
+            yield f"  from {place}: denoised, {cost(item)}"
+        else:
+            yield f"  decoded, {cost(item)}"
 
 
 def files(manifest: Any) -> Iterator[File]:
@@ -91,8 +131,28 @@ def files(manifest: Any) -> Iterator[File]:
 
 def damaged(directory: Path, manifest: Any) -> list[str]:
     """What is wrong with an artifact's files, a line each."""
+    wrong = _wrong(directory, files(manifest))
+    if os.path.lexists(directory / store.BACKUP):  # there were none with the first manifests
+        try:
+            store.read_manifest(directory, type(manifest), store.BACKUP)
+        except UserError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def damaged_lineage(picture: Picture) -> list[str]:
+    """The same of all that a picture was made from, and of itself."""
     wrong = []
-    for file in files(manifest):
+    for place, item in picture.lineage:
+        wrong += _wrong(
+            place.parent, (*item.files, *item.trajectory) if isinstance(item, LatentsItem) else (item.file,)
+        )
+    return wrong
+
+
+def _wrong(directory: Path, files: Iterable[File]) -> list[str]:
+    wrong = []
+    for file in files:
         try:
             store.verify(directory, (file,))
         except UserError as error:

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 
-EXIT_INTERRUPTED = 130
+from orchestrator import EXIT_INTERRUPTED
 
 
 def stage(name: str, *arguments: str, stdin: bytes = b"") -> tuple[int, list[str]]:

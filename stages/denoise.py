@@ -104,7 +104,8 @@ def denoise(
     schedule = checkpoint.config("scheduler", SchedulerConfig, "scheduler_config.json")
     dtype = dtype or default_dtype()
     compute = mlx_dtype(dtype)
-    made_with = checkpoint.model("scheduler", "transformer", "vae")
+    own = checkpoint.model("scheduler", "transformer", "vae")
+    made_with = replace(own, fingerprints={**manifest.model.fingerprints, **own.fingerprints})
     pictures = (
         _all_pictures(manifest, checkpoint, check_settings(overrides)) if wanted is None else _find(wanted, manifest)
     )

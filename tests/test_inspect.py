@@ -58,7 +58,7 @@ def test_verify_names_what_is_damaged(qwen_stage, run, pattern):
     ("make", "message"),
     [
         (lambda path: path.mkdir(), "is no run, artifact or picture"),
-        (lambda path: path.write_text("text"), "is not a picture"),
+        (lambda path: path.write_text("text"), "is not a PNG"),
         (lambda path: Image.new("RGB", (2, 2)).save(path, format="PNG"), "carries no recipe"),
         (lambda path: None, "is no run, artifact or picture"),
     ],
