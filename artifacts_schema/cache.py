@@ -221,9 +221,7 @@ def _set_aside(kind: Kind, key: str, error: Exception, notice: Notice) -> None:
 
 
 def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-    return path.stat().st_size
+    return sum(each.lstat().st_size for each in (path, *path.rglob("*")) if each.is_file())
 
 
 def _make_shared(directory: Path) -> None:

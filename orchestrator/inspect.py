@@ -83,11 +83,11 @@ def in_words(directory: Path, manifest: Any) -> Iterator[str]:
     noun = "prompt" if isinstance(manifest, EmbeddingsManifest) else "picture"
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     yield f"{directory}: {count} {noun}{'' if count == 1 else 's'}, with {manifest.model.name}, by {versions}"
-    for item in manifest.items:
+    for number, item in enumerate(manifest.items, 1):
         if isinstance(item, LatentsItem):
             noise = "injected noise" if item.seed is None else f"seed {item.seed}"
             how = f"{noise}, {item.width}x{item.height}, {item.num_inference_steps} steps, cfg {item.true_cfg_scale:g}"
-            yield f"  {item.prompt!r}: {how}, {item.dtype}, {cost(item)}"
+            yield f"  {number:04d} {item.prompt!r}: {how}, {item.dtype}, {cost(item)}"
         elif isinstance(manifest, ImagesManifest):
             yield f"  {item.file.path}: {item.prompt!r}, from latents {item.latents_key}, {cost(item)}"
         else:

@@ -107,14 +107,9 @@ class Rerun:
 
     def _numbered(self, numbers: list[int]) -> list[LatentsItem]:
         items = self._items()
-        by_key = {item.key: item for item in items}
-        by_number = dict(enumerate(items, 1))
-        if images := self._read(ImagesManifest):
-            named = {item.file.path.partition("-")[0]: item.latents_key for item in images.items}
-            by_number |= {int(n): by_key[key] for n, key in named.items() if n.isdecimal() and key in by_key}
-        if unknown := [number for number in numbers if number not in by_number]:
+        if unknown := [number for number in numbers if number > len(items)]:
             raise UserError(f"{self.run} has no picture {unknown[0]}; `qwen-stage inspect {self.run}` lists them")
-        return [by_number[number] for number in numbers]
+        return [items[number - 1] for number in numbers]
 
     def _encode(self, prompt_keys: set[str] | None) -> None:
         """Encodes the prompts again of which something is damaged."""

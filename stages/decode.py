@@ -2,6 +2,8 @@
 
 import io
 import unicodedata
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +60,7 @@ def decode(
         inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), manifest_id)))
         wanted = {_key(item, checkpoint, dtype): item for item in manifest.items if items is None or item.key in items}
         whole = {key for key, item in done.items() if store.is_whole(directory, (item.file,))}
+        numbers = {item.key: number for number, item in enumerate(manifest.items, 1)}
 
         def add(key: str, file: File, cost: Cost) -> None:
             item = wanted[key]
@@ -73,7 +76,10 @@ def decode(
             whole.add(key)
 
         def name_of(key: str) -> str:
-            return Path(done[key].file.path).name if key in done else _file_name(wanted[key], len(done) + 1)
+            if key in done:
+                return Path(done[key].file.path).name
+            taken = {Path(item.file.path).name for item in done.values()}
+            return next(name for name in _file_names(wanted[key], numbers[wanted[key].key]) if name not in taken)
 
         def publish_manifest() -> None:
             images = ImagesManifest(
@@ -172,11 +178,13 @@ def _png(pixels: "np.ndarray", recipe: Recipe) -> bytes:
     return file.getvalue()
 
 
-def _file_name(item: LatentsItem, number: int) -> str:
-    """0001-a-red-circle-s42.png: the order of making, what it shows, the seed."""
+def _file_names(item: LatentsItem, number: int) -> Iterator[str]:
+    """0001-a-red-circle-s42.png: its place among the latents, what it shows, the seed; then with -2, -3 behind that."""
     text = (item.name or item.prompt).lower()
     # letters, their marks, and numbers of any script
     words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text).split()
     slug = "-".join(words)[:SLUG_LENGTH].strip("-")
     seed = "noise" if item.seed is None else f"s{item.seed}"
-    return "-".join(part for part in (f"{number:04d}", slug, seed) if part) + ".png"
+    name = "-".join(part for part in (f"{number:04d}", slug, seed) if part)
+    yield f"{name}.png"
+    yield from (f"{name}-{again}.png" for again in count(2))

@@ -127,8 +127,10 @@ def denoise(
         }
         inputs = tuple(dict.fromkeys((*latents.inputs, manifest_id)))
 
+        order = list(dict.fromkeys([*done, *(job.key for job in jobs)]))
+
         def publish_manifest() -> None:
-            items = tuple(done.values())
+            items = tuple(done[key] for key in order if key in done)
             store.write_manifest(
                 directory, LatentsManifest(versions=versions(), model=made_with, inputs=inputs, items=items)
             )

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import random_models
+from random_models import GOLDEN
 from safetensors.numpy import load_file
 
 from orchestrator import cli
 
-GOLDEN = Path(__file__).parent / "golden"
 RANDOM_CASES = sorted(path.stem for path in GOLDEN.glob("*.json") if path.stem != "demo")
 
 
@@ -41,7 +41,7 @@ def golden(tmp_path_factory) -> Callable[[str], Golden]:
             checkpoint = random_models.TINY
             if name != "demo":
                 target = tmp_path_factory.mktemp(name) / "model"
-                checkpoint = random_models.write_checkpoint(target, case["configs"], case["shapes"], case["seed"])
+                checkpoint = random_models.golden_checkpoint(name, target)
             made[name] = Golden(case, load_file(GOLDEN / f"{name}.safetensors"), checkpoint)
         return made[name]
 
@@ -51,7 +51,7 @@ def golden(tmp_path_factory) -> Callable[[str], Golden]:
 @pytest.fixture(scope="session")
 def small_model(golden) -> Path:
     """A random checkpoint for tests that only need one. Do not change it; copy it."""
-    return golden("square-static-shift-no-guidance").checkpoint
+    return golden(random_models.SMALL).checkpoint
 
 
 @pytest.fixture

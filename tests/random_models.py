@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = "square-static-shift-no-guidance"  # the golden case whose model is the smallest
 TINY = Path(__file__).parent.parent / "stages" / "tiny"
 CLASSES = {
     "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
@@ -127,6 +129,12 @@ def write_checkpoint(directory: Path, configs: dict[str, Any], shapes: dict[str,
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     (directory / "model_index.json").write_text(json.dumps(index))
     return directory
+
+
+def golden_checkpoint(name: str, directory: Path) -> Path:
+    """The checkpoint of a golden case."""
+    case = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+    return write_checkpoint(directory, case["configs"], case["shapes"], case["seed"])
 
 
 def noise(items: int, height: int, width: int, seed: int) -> np.ndarray:

@@ -218,7 +218,7 @@ def test_one_damaged_picture_does_not_stop_the_others(qwen_stage, tmp_path, smal
     (tmp_path / "run/latents" / manifest.items[0].files[0].path).write_bytes(b"damaged")
     result = qwen_stage("decode", "run")
     assert result.code == 3
-    assert [Path(path).name for path in result.out] == ["0001-b-s42.png"]
+    assert [Path(path).name for path in result.out] == ["0002-b-s42.png"]
     assert "failed: " in result.err
 
 

@@ -1,0 +1,390 @@
+"""Fails, or kills, a command at each of its file operations in turn, then looks what is left: `python tests/faults.py`.
+
+Every operation on files under the watched directories counts, whoever does it: Python tells of opening, renaming,
+removing, making, listing; what works on descriptors (read, write, fsync, fchmod, flock) is watched beside. The command
+runs in a fork of this process, so that the imports are paid once; nothing here may compute with MLX before.
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core  # noqa: F401  what the forks will need
+import numpy  # noqa: F401
+import random_models
+import zarr  # noqa: F401
+from PIL import Image  # noqa: F401
+
+import orchestrator.progress  # noqa: F401
+import stages.decode
+import stages.denoise
+import stages.encode
+import stages.models.text_encoder
+import stages.models.transformer
+import stages.models.vae  # noqa: F401
+from artifacts_schema import cache, disk, store
+from artifacts_schema.errors import UserError
+from orchestrator import cli
+from orchestrator.inspect import files as files_of
+
+KILL = "kill"
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
+POWER = "power cut"  # what was not synced is gone, names and contents
+NAMES_AHEAD = "power cut, names kept"  # names are there that were not synced, contents not: so file systems differ
+FAULTS = (KILL, POWER, NAMES_AHEAD, *ERRORS)
+DEADLY = (KILL, POWER, NAMES_AHEAD)
+END = "done"  # counts as an operation: what a command has said to be done is not undone by a power cut
+# Python's names for what it audits, with the position of the path among the event's arguments
+AUDITED = {
+    "open": 0,
+    "os.rename": 0,
+    "os.remove": 0,
+    "os.mkdir": 0,
+    "os.rmdir": 0,
+    "os.chmod": 0,
+    "os.utime": 0,
+    "os.listdir": 0,
+    "os.scandir": 0,
+    "os.truncate": 0,
+    "os.link": 0,
+    "os.symlink": 0,
+}
+ON_DESCRIPTORS = ((os, "read"), (os, "write"), (os, "fsync"), (os, "fchmod"), (fcntl, "flock"))
+
+
+class Durable:
+    """What a power cut would leave of a directory: of each file the content, of each directory the names, as synced."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.open = os.open
+        self.held: list[int] = []  # descriptors, lest an inode be used again
+        self.contents: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, tuple[int, bool]]] = {}
+        for path in (root, *root.rglob("*")):
+            self.synced(path)
+
+    def synced(self, path: Path) -> None:
+        self.held.append(self.open(path, os.O_RDONLY))
+        inode = path.stat().st_ino
+        if path.is_dir():
+            with os.scandir(path) as found:
+                self.names[inode] = {entry.name: (entry.inode(), entry.is_dir()) for entry in found}
+        else:
+            self.contents[inode] = path.read_bytes()
+
+    def leave(self, target: Path, names_ahead: bool) -> None:
+        """Writes what is left to `target`."""
+        if names_ahead:
+            for path in (self.root, *self.root.rglob("*")):
+                if path.is_dir():
+                    self.synced(path)
+        self._write(self.root.stat().st_ino, target)
+
+    def _write(self, directory: int, target: Path) -> None:
+        target.mkdir()
+        for name, (inode, is_directory) in self.names.get(directory, {}).items():
+            if is_directory:
+                self._write(inode, target / name)
+            else:
+                (target / name).write_bytes(self.contents.get(inode, b""))
+
+
+class Layer:
+    """Counts file operations under `root` and makes the `at`-th fail. Lives and dies with the process it is put in."""
+
+    def __init__(self, root: Path, at: int | None, fault: str) -> None:
+        self.root = str(root.resolve())
+        self.at, self.fault = at, fault
+        self.durable = Durable(root) if fault in (POWER, NAMES_AHEAD) else None
+        self.passive = False  # while this looks at files itself
+        self.count = 0
+        self.log: list[str] = []
+        self.descriptors: dict[int, str] = {}
+
+    def install(self) -> None:
+        for module, name in ON_DESCRIPTORS:
+            setattr(module, name, partial(self.on_descriptor, name, getattr(module, name)))
+        self.open, os.open = os.open, self.opening
+        sys.addaudithook(self.audited)
+
+    def watches(self, path: object) -> bool:
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
+        return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(self.root)  # noqa: PTH100
+
+    def audited(self, event: str, arguments: tuple) -> None:
+        if event in AUDITED and not self.passive and self.watches(arguments[AUDITED[event]]):
+            self.operation(event, str(arguments[AUDITED[event]]))
+
+    def opening(self, path, flags, mode=0o777, **options) -> int:
+        descriptor = self.open(path, flags, mode, **options)
+        if self.watches(path):
+            self.descriptors[descriptor] = str(path)
+        else:
+            self.descriptors.pop(descriptor, None)
+        return descriptor
+
+    def on_descriptor(self, name: str, original: Callable, descriptor: int, *arguments):
+        if descriptor in self.descriptors:
+            half = None
+            if name == "write":  # what fails or dies in the middle has written something
+                half = partial(original, descriptor, bytes(arguments[0])[: len(arguments[0]) // 2])
+            self.operation(name, self.descriptors[descriptor], half)
+        result = original(descriptor, *arguments)
+        if name == "fsync" and self.durable and descriptor in self.descriptors:
+            self.passive = True
+            self.durable.synced(Path(self.descriptors[descriptor]))
+            self.passive = False
+        return result
+
+    def operation(self, name: str, path: str, before: Callable | None = None) -> None:
+        self.count += 1
+        self.log.append(f"{name} {path}")
+        if self.count == self.at:
+            if before:
+                before()
+            if self.fault in DEADLY:
+                self.passive = True
+                if self.durable:
+                    self.durable.leave(Path(f"{self.root}.left"), self.fault == NAMES_AHEAD)
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(ERRORS[self.fault], os.strerror(ERRORS[self.fault]), path)
+
+
+class Ended(NamedTuple):
+    status: int  # exit code, or -9
+    err: str
+    operations: list[str]
+
+
+def run(directory: Path, command: list[str], at: int | None = None, fault: str = KILL) -> Ended:
+    """Runs `qwen-stage COMMAND` in `directory`, with its cache in `cache/`, failing at its `at`-th file operation."""
+    err, log = directory.parent / "err", directory.parent / "log"
+    log.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            os.chdir(directory)
+            os.environ["QWEN_STAGE_CACHE"] = str(directory / "cache")
+            with err.open("wb") as file:
+                os.dup2(file.fileno(), 2)
+            with open(os.devnull, "wb") as file:  # noqa: PTH123
+                os.dup2(file.fileno(), 1)
+            layer = Layer(directory, at, fault)
+            layer.install()
+            status = cli.main(command)
+            layer.operation(END, "")
+            log.write_text("\n".join(layer.log))
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _, ended = os.waitpid(child, 0)
+    operations = log.read_text().splitlines() if log.exists() else []
+    left = Path(f"{directory.resolve()}.left")
+    if left.exists():
+        shutil.rmtree(directory)
+        left.rename(directory)
+    return Ended(os.waitstatus_to_exitcode(ended), err.read_text(), operations)
+
+
+@dataclass
+class Scenario:
+    """A command, and what has to have happened before it."""
+
+    command: list[str]
+    before: list[list[str]] = field(default_factory=list)
+    damage: Callable[[Path], None] = lambda directory: None
+
+
+def scenarios(model: Path) -> dict[str, Scenario]:
+    encode = ["encode", "p.txt", "--out=run", f"--model={model}"]
+    denoise = ["denoise", "--embeddings=run", "--size=32x32", "--steps=2"]
+    decode = ["decode", "run"]
+    elsewhere = [encode, denoise, decode]
+    return {
+        "encode": Scenario(encode),
+        "encode, cached": Scenario(encode, [[*encode[:2], "--out=other", encode[3]]]),
+        "denoise": Scenario(denoise, [encode]),
+        "denoise, steps kept": Scenario([*denoise, "--keep-trajectory"], [encode]),
+        "denoise, cached": Scenario(denoise, elsewhere, lambda directory: shutil.rmtree(directory / "run/latents")),
+        "decode": Scenario(decode, [encode, denoise]),
+        "decode, cached": Scenario(decode, elsewhere, lambda directory: shutil.rmtree(directory / "run/images")),
+        "cache verify": Scenario(["cache", "verify"], elsewhere, damage_cache),
+        "cache trim": Scenario(["cache", "trim", "--max-size=6KB"], elsewhere),
+    }
+
+
+def damage_cache(directory: Path) -> None:
+    path = sorted(directory.glob("cache/latents/??/*.zarr/c/0/0/0"))[0]
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+class Survey(NamedTuple):
+    operations: int
+    faults: int
+    survived: int  # faults after which nothing was lost and the next run completed all
+    lost: list[str]  # what was wrong afterwards, a line each
+
+
+def survey(scenario: Scenario, faults: Callable[[int], tuple[str, ...]], work: Path) -> Survey:
+    """Runs a scenario with every one of its operations faulted, by the faults that `faults(n)` names."""
+    start = work / "start"
+    start.mkdir()
+    (start / "p.txt").write_text("a\nb\n")
+    for command in scenario.before:
+        must(run(start, command))
+    scenario.damage(start)
+    undisturbed = copy(start, work / "undisturbed")
+    operations = must(run(undisturbed, scenario.command)).operations
+    expected = pictures_and_tensors(undisturbed)
+    count, survived, lost = 0, 0, []
+    for at in range(1, len(operations) + 1):
+        done = operations[at - 1].startswith(END)
+        for fault in DEADLY if done else faults(at):
+            count += 1
+            directory = copy(start, work / "faulted")
+            ended = run(directory, scenario.command, at, fault)
+            wrong = list(complaints(ended, fault)) + list(not_whole(directory, scenario))
+            before = published(directory)
+            if done and scenario.command[0] != "cache" and pictures_and_tensors(directory) != expected:
+                wrong.append("what was done is undone")
+            again = run(directory, scenario.command)
+            after = published(directory)
+            if again.status != 0 and not (scenario.damage is damage_cache and again.status == 3):
+                wrong.append(f"cannot go on: {again.err.strip()}")
+            wrong += [f"made twice: {name}" for name, written in before.items() if after.get(name) != written]
+            if scenario.command[0] != "cache" and pictures_and_tensors(directory) != expected:
+                wrong.append("other results than undisturbed")
+            wrong += [f"left over: {path}" for path in directory.rglob(f"run/**/{disk.TEMPORARY}*")]
+            if wrong:
+                lost += [f"{fault} at {at} ({operations[at - 1]}): {line}" for line in wrong]
+            else:
+                survived += 1
+    return Survey(len(operations), count, survived, lost)
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, symlinks=True)
+    return target
+
+
+def must(ended: Ended) -> Ended:
+    if ended.status not in (0, 3):
+        raise RuntimeError(ended.err)
+    return ended
+
+
+def complaints(ended: Ended, fault: str) -> Iterator[str]:
+    """How a command may not end."""
+    if ended.status not in ((0, -signal.SIGKILL) if fault in DEADLY else (0, 2, 3)):
+        yield f"exit code {ended.status}: {ended.err.strip()[-300:]}"
+    if "Traceback" in ended.err:
+        yield f"a traceback: {ended.err.strip().splitlines()[-1]}"
+    if ended.status == 2 and ended.err.count("qwen-stage: error: ") != 1:
+        yield f"not one clear line: {ended.err.strip()}"
+
+
+def not_whole(directory: Path, scenario: Scenario) -> Iterator[str]:
+    """What is published and yet not whole."""
+    for kind in store.KINDS:
+        artifact = directory / "run" / kind.kind
+        if (artifact / store.MANIFEST).exists():
+            try:
+                manifest, _ = store.read_manifest(artifact, kind)
+                store.verify(artifact, tuple(files_of(manifest)))
+            except UserError as error:
+                yield str(error)
+    if scenario.damage is not damage_cache:
+        with environment("QWEN_STAGE_CACHE", str(directory / "cache")):
+            said: list[str] = []
+            for entry in cache.entries():
+                cache.verify(entry.kind, entry.key, said.append)
+            yield from said
+
+
+def published(directory: Path) -> dict[str, tuple[int, int]]:
+    """The files that manifests of the run list, with what tells whether they were written again."""
+    found = {}
+    for kind in store.KINDS:
+        artifact = directory / "run" / kind.kind
+        with suppress(UserError, FileNotFoundError):  # `not_whole` says so
+            manifest, _ = store.read_manifest(artifact, kind)
+            for file in files_of(manifest):
+                info = (artifact / file.path).stat()
+                found[f"{kind.kind}/{file.path}"] = info.st_ino, info.st_mtime_ns
+    return found
+
+
+def pictures_and_tensors(directory: Path) -> dict[str, bytes]:
+    """The content of all that manifests of the run list; they themselves say how long it took."""
+    return {name: (directory / "run" / name).read_bytes() for name in published(directory)}
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def all_faults(at: int) -> tuple[str, ...]:
+    return FAULTS
+
+
+def two_faults(at: int) -> tuple[str, ...]:
+    """One of the errors and one of the deaths at each operation, in turn."""
+    return tuple(ERRORS)[at % len(ERRORS)], DEADLY[at % len(DEADLY)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("scenario", nargs="*", help="by name; default: all")
+    parser.add_argument("--brief", action="store_true", help="two faults at each operation, in turn; default: all six")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each scenario, no table")
+    args = parser.parse_args()
+    faults = two_faults if args.brief else all_faults
+    with tempfile.TemporaryDirectory() as work:
+        model = random_models.golden_checkpoint(random_models.SMALL, Path(work) / "model")
+        if not args.json:
+            print(f"{'command':24}{'operations':>12}{'faults':>8}{'survived':>10}{'lost':>6}")
+        for name, scenario in scenarios(model).items():
+            if not args.scenario or name in args.scenario:
+                found = survey(scenario, faults, Path(tempfile.mkdtemp(dir=work)))
+                if args.json:
+                    print(json.dumps(found._asdict()))
+                    continue
+                print(
+                    f"{name:24}{found.operations:12}{found.faults:8}{found.survived:10}{len(found.lost):6}", flush=True
+                )
+                for line in found.lost:
+                    print(f"    {line}")
+
+
+if __name__ == "__main__":
+    main()
