@@ -126,6 +126,7 @@ class Rerun:
             and not {item.prompt_key, item.negative_key} <= whole
         ]
         dtypes = {key: each.dtype for key, each in embeddings.items()}
+        model = self.model or [f"--model={manifest.model.name}"]
         truncate = any(each.tokens < each.prompt_tokens for each in embeddings.values())
         for own_dtype, items in _grouped(damaged, lambda item: dtypes.get(item.prompt_key)):
             self._stage(
@@ -133,7 +134,7 @@ class Rerun:
                 "-",
                 "--format=jsonl",
                 f"--out={self.run}",
-                *self.model,
+                *model,
                 *_option("--dtype", own_dtype),
                 *(["--truncate"] if truncate else []),
                 stdin=to_jsonl([_entry(item) for item in items]),

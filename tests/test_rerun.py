@@ -1,0 +1,273 @@
+"""A run made again: repaired where it is damaged, extended where other settings are wanted; pictures made alike."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import save_file
+from test_stages import changed
+
+from artifacts_schema import store
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import LatentsManifest
+from orchestrator import inspect
+
+
+@pytest.fixture
+def run(qwen_stage, tmp_path, small_model) -> Path:
+    """Two prompts, one with two seeds; the steps are kept."""
+    (tmp_path / "p.toml").write_text(
+        'size = "32x48"\nsteps = 2\n[[prompts]]\nprompt = "a cat"\nseeds = [5, 6]\n[[prompts]]\nprompt = "a dog"\n'
+    )
+    qwen_stage("encode", "p.toml", "--out=run", f"--model={small_model}")
+    assert qwen_stage("denoise", "--embeddings=run", "--keep-trajectory").code == 0
+    assert qwen_stage("decode", "run").code == 0
+    return tmp_path / "run"
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """All files of a run but its locks."""
+    return {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def settings(run: Path) -> list[tuple]:
+    manifest, _ = store.read_manifest(run / "latents", LatentsManifest)
+    return [(i.prompt, i.seed, i.width, i.num_inference_steps, i.true_cfg_scale, i.dtype) for i in manifest.items]
+
+
+def test_other_settings_stand_beside_the_old_ones(qwen_stage, run):
+    before, old = contents(run), settings(run)
+    result = qwen_stage("rerun", "run", "--from", "denoise", "--steps=3")
+    assert result.code == 0, result.err
+    assert result.out == [
+        f"run/images/000{n}-a-{what}.png" for n, what in ((4, "cat-s5"), (5, "cat-s6"), (6, "dog-s42"))
+    ]
+    assert settings(run) == [*old, *((*item[:3], 3, *item[4:]) for item in old)]
+    after = contents(run)
+    assert all(after[name] == data for name, data in before.items() if "manifest" not in name)
+    again = qwen_stage("rerun", "run", "--from", "denoise", "--steps=3")
+    assert again.out == result.out
+    assert contents(run).keys() == after.keys()
+
+
+def test_more_seeds_of_one_picture(qwen_stage, run):
+    assert qwen_stage("rerun", "run", "--item=1", "--seed", "+2").out == [
+        "run/images/0004-a-cat-s7.png",
+        "run/images/0005-a-cat-s8.png",
+    ]
+    assert qwen_stage("rerun", "run", "--item", "1", "3", "--seed", "9").out == [
+        "run/images/0006-a-cat-s9.png",
+        "run/images/0007-a-dog-s9.png",
+    ]
+    assert [item[:2] for item in settings(run)[3:]] == [("a cat", 7), ("a cat", 8), ("a cat", 9), ("a dog", 9)]
+
+
+def test_guidance_off_and_on_again(qwen_stage, run):
+    for cfg, expected in (("0.5", 1.0), ("3", 3.0)):
+        result = qwen_stage("rerun", "run", "--item=3", f"--cfg={cfg}")
+        assert len(result.out) == 1, result.err
+        assert settings(run)[-1][4] == expected
+    result = qwen_stage("rerun", "run", "--item=4", "--cfg=3")  # from the one that had no negative prompt
+    assert result.out == ["run/images/0005-a-dog-s42.png"]
+
+
+def test_another_dtype_of_one_picture(qwen_stage, run):
+    result = qwen_stage("rerun", "run", "--from=decode", "--item=2", "--dtype=bfloat16")
+    assert result.out == ["run/images/0002-a-cat-s6-2.png"]
+    assert len(settings(run)) == 3
+    assert qwen_stage("inspect", "run", "--verify").code == 0
+
+
+def test_the_first_pictures_of_a_run(qwen_stage, run):
+    shutil.rmtree(run / "latents")
+    shutil.rmtree(run / "images")
+    assert len(qwen_stage("rerun", "run", "--size=32x32", "--seed", "1", "2").out) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is no run"),
+        (["run", "--item=4"], "run has no picture 4"),
+        (["run", "--from=decode", "--steps=3"], "rerun with --from denoise"),
+        (["run", "--seed", "+2", "7"], "either seeds or +N"),
+        (["run", "--size=33x33"], "33x33 is not a multiple"),
+        (["run", "--steps=0"], "steps must be at least 1"),
+    ],
+)
+def test_what_cannot_be_made_again(qwen_stage_process, run, arguments, message):
+    before = contents(run)
+    result = qwen_stage_process("rerun", *arguments)
+    assert (result.code, result.out) == (2, [])
+    assert message in result.err
+    assert contents(run) == before
+
+
+def test_a_picture_from_injected_noise_can_only_stay(qwen_stage, run, tmp_path):
+    noise = np.random.default_rng(0).standard_normal((1, 16, 4, 4)).astype(np.float32)
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    (tmp_path / "p.txt").write_text("a bird\n")
+    model = json.loads(qwen_stage("inspect", "run/latents", "--json").out[0])["model"]["name"]
+    qwen_stage("encode", "p.txt", "--out=other", f"--model={model}")
+    options = ["--size=32x32", "--steps=1", "--noise=noise.safetensors"]
+    assert qwen_stage("denoise", "--embeddings=other", *options).code == 0
+    assert qwen_stage("rerun", "other").out == ["other/images/0001-a-bird-noise.png"]
+    next((tmp_path / "other/latents").glob("*.zarr/c/0/0/0")).write_bytes(b"damaged")
+    result = qwen_stage("rerun", "other")
+    assert result.code == 3
+    assert "its noise came from a file" in result.err
+
+
+def is_detected(run: Path) -> list[str]:
+    """What is said to be wrong with a run."""
+    try:
+        return [line for found in inspect.read(run) for line in inspect.damaged(*found)]
+    except UserError as error:
+        return [str(error)]
+
+
+def test_any_flipped_byte_of_any_file_is_found_and_named(run):
+    """At up to a hundred places of each file, the first and the last among them."""
+    random = np.random.default_rng(0)
+    for name, whole in contents(run).items():
+        positions = {0, len(whole) - 1, *random.integers(0, len(whole), 98).tolist()}
+        for position in sorted(positions):
+            damaged = bytearray(whole)
+            damaged[position] ^= int(random.integers(1, 256))
+            (run / name).write_bytes(damaged)
+            said = is_detected(run)
+            assert len(said) == 1, (name, position, said)
+            assert said[0].startswith(f"{run / name} ") or Path(name).name == "manifest.json"
+            assert str((run / name).parent) in said[0], said
+        (run / name).write_bytes(whole)
+    assert is_detected(run) == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "embeddings/*.safetensors",
+        "embeddings/manifest.json",
+        "embeddings/manifest.backup.json",
+        "latents/manifest.json",
+        "latents/????????????????????????????????.zarr/c/0/0/0",
+        "latents/????????????????????????????????.zarr/zarr.json",
+        "latents/*.trajectory.zarr/zarr.json",
+        "latents/*.trajectory.zarr/c/1/0/0/0",
+        "images/manifest.json",
+        "images/0002*.png",
+    ],
+)
+def test_rerun_repairs(qwen_stage, run, fresh_cache, pattern):
+    """Bit-identical, by making it again: nothing of it is in the cache any more."""
+    fresh_cache()
+    before = contents(run)
+    path = sorted(run.glob(pattern))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    found = qwen_stage("inspect", "run", "--verify")
+    assert found.code == 2
+    assert f"{path.relative_to(run.parent)} is damaged" in found.err
+    result = qwen_stage("rerun", "run")
+    assert result.code == 0, result.err
+    assert len(result.out) == 3
+    after = contents(run)
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {name for name in after if "manifest" in name}
+    assert qwen_stage("inspect", "run", "--verify").code == 0
+
+
+def test_rerun_repairs_pictures_whose_manifests_are_both_gone(qwen_stage, run):
+    for name in (store.MANIFEST, store.BACKUP):
+        (run / "images" / name).write_bytes(b"damaged")
+    result = qwen_stage("rerun", "run")
+    assert (result.code, len(result.out)) == (0, 3)
+    for name in (store.MANIFEST, store.BACKUP):
+        (run / "embeddings" / name).write_bytes(b"damaged")
+    result = qwen_stage("rerun", "run")
+    assert result.code == 2
+    assert f"{Path('run/embeddings/manifest.json')} is damaged" in result.err
+
+
+def test_a_picture_like_another(qwen_stage, run, fresh_cache, small_model, tmp_path):
+    picture = run / "images/0002-a-cat-s6.png"
+    fresh_cache()
+    result = qwen_stage("run", "--like", picture, f"--model={small_model}", "--out=again")
+    assert result.code == 0, result.err
+    assert result.out == ["again/images/0001-a-cat-s6.png"]
+    assert (tmp_path / result.out[0]).read_bytes() == picture.read_bytes()
+    others = qwen_stage(
+        "run", "a horse", "--like", picture, f"--model={small_model}", "--out=others", "--seed", "1", "2", "--steps=1"
+    )
+    assert [Path(path).name for path in others.out] == ["0001-a-horse-s1.png", "0002-a-horse-s2.png"]
+    assert settings(tmp_path / "others") == [("a horse", seed, 32, 1, 4.0, "float32") for seed in (1, 2)]
+
+
+def test_a_picture_like_another_by_another_model(qwen_stage, run, small_model, tmp_path):
+    picture = run / "images/0002-a-cat-s6.png"
+    result = qwen_stage("run", "--like", picture)
+    assert result.code == 2
+    assert f"was made with {small_model.name!r}; say with --model where that is" in result.err
+    model = changed(small_model, tmp_path / "model", "transformer")
+    result = qwen_stage("run", "--like", picture, f"--model={model}")
+    assert result.code == 0
+    assert "was made with another transformer: this picture will be another" in result.err
+    result = qwen_stage("run")
+    assert (result.code, "give a prompt" in result.err) == (2, True)
+
+
+def test_the_way_back_from_a_picture_to_its_prompt(qwen_stage, run, tmp_path):
+    picture = run / "images/0003-a-dog-s42.png"
+    words = "\n".join(qwen_stage("inspect", picture, "--verify").out)
+    manifest, _ = store.read_manifest(run / "latents", LatentsManifest)
+    item = manifest.items[2]
+    for place in (f"latents/{item.key}.zarr", f"embeddings/{item.prompt_key}.s", f"embeddings/{item.negative_key}.s"):
+        assert f"from {run / place}" in words
+    lineage = json.loads(qwen_stage("inspect", picture, "--json").out[0])["lineage"]
+    assert [each["key"] for each in lineage[1:]] == [item.key, item.prompt_key, item.negative_key]
+    (run / item.files[0].path).parent.mkdir(parents=True)
+    (run / "latents" / item.files[0].path).write_bytes(b"damaged")
+    assert qwen_stage("inspect", picture, "--verify").code == 2
+    shutil.copy(picture, tmp_path / "travelled.png")
+    travelled = json.loads(qwen_stage("inspect", "travelled.png", "--json").out[0])
+    assert (travelled["lineage"], travelled["prompt"]) == ([], "a dog")
+
+
+def png(**texts: str) -> bytes:
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name.replace("_", "-"), text, zip=True)
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(qwen_stage="x" * 100_000_000), "carries a recipe that cannot be read: Decompressed data too large"),
+        (png(qwen_stage="[" * 1_000_000), "cannot be read"),
+        (png(qwen_stage='{"prompt": "a"}'), "cannot be read: Object missing required field"),
+        (png(qwen_stage="\ud83d"[:0] + "{}"), "cannot be read"),
+        (png(other="x"), "carries no recipe"),
+        (b"GIF89a" + bytes(100), "is not a PNG"),
+        (b"", "is not a PNG"),
+    ],
+    ids=["bomb", "nested", "incomplete", "empty", "none", "gif", "nothing"],
+)
+def test_pictures_that_carry_no_recipe(qwen_stage, tmp_path, data, message):
+    (tmp_path / "x.png").write_bytes(data)
+    for command in (["inspect", "x.png"], ["run", "--like=x.png"]):
+        result = qwen_stage(*command)
+        assert (result.code, result.out) == (2, [])
+        assert message in result.err
