@@ -156,7 +156,15 @@ def denoise(
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
             checkpoints = Checkpoints(trajectories, keep_trajectory, interrupted)
             results = _denoise_batch(
-                transformer, schedule, group, prompts, compute, batch_guidance, checkpoints, partial(report, label)
+                transformer,
+                schedule,
+                group,
+                prompts,
+                compute,
+                batch_guidance,
+                checkpoints,
+                partial(report, label),
+                partial(_say_resumed, notice, label),
             )
             cost = watch.cost(pictures=len(group))
             for job, result, trajectory in zip(group, results, trajectories, strict=True):
@@ -348,6 +356,7 @@ def _denoise_batch(
     batch_guidance: bool,
     checkpoints: Checkpoints,
     step_done: Callable[[int, int], None],
+    resumed_after: Callable[[int], None],
 ) -> "list[np.ndarray]":
     """The final latents [C, h, w] of each job, float32. The jobs share size, steps and guidance."""
     import mlx.core as mx
@@ -360,6 +369,7 @@ def _denoise_batch(
     if resumed := checkpoints.resume():
         start, stored = resumed
         latents = pack_latents(mx.array(np.stack(stored)))
+        resumed_after(start)
     else:
         start, latents = 0, pack_latents(mx.stack([_noise(job) for job in jobs]))
 
@@ -399,6 +409,10 @@ def _denoise_batch(
         step_done(i + 1, steps)
         checkpoints.after(i + 1, i + 1 == steps, unpacked)
     return unpacked()
+
+
+def _say_resumed(notice: Notice, label: str, step: int) -> None:
+    notice(f"{label} goes on after step {step}")
 
 
 def _noise(job: Job) -> "mx.array":

@@ -342,13 +342,13 @@ def test_a_stage_that_is_killed_is_reported(tmp_path, small_model):
     assert list((tmp_path / "run").rglob(".tmp*")) == []  # what the killed one left is tidied by the next
 
 
-KILLS = 8
-LONG = ["--size=64x64", "--steps=20", "--seed", "1", "2", "3", "--cfg=3"]
+LONG = ["--size=64x64", "--steps=20", "--seed", "1", "2", "3", "4", "5", "--cfg=3"]
 
 
-def steps_done(run: Path) -> int:
-    """How many chunks of trajectories a run holds."""
-    return len(list(run.glob("latents/*.trajectory.zarr/c/*/0/0/0")))
+def steps_done(run: Path) -> dict[str, int]:
+    """The trajectories of a run, with their last steps."""
+    found = run.glob("latents/*.trajectory.zarr/c")
+    return {path.parent.name: max(int(step.name) for step in path.iterdir()) for path in found}
 
 
 def chunks(run: Path) -> dict[Path, bytes]:
@@ -357,31 +357,41 @@ def chunks(run: Path) -> dict[Path, bytes]:
     return {path.relative_to(run): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("batching", [[], ["--batch=3", "--batch-guidance"]])
-def test_killed_at_random_and_resumed_it_ends_bit_identical(qwen_stage, tmp_path, golden, batching):
+@pytest.mark.parametrize(("kills", "batching"), [(20, []), (6, ["--batch=5", "--batch-guidance"])])
+def test_killed_at_random_and_resumed_it_ends_bit_identical(qwen_stage, tmp_path, golden, fresh_cache, kills, batching):
     """SIGKILL at random moments; every step is on disk, so none but the interrupted one is computed twice."""
     model = golden("landscape-linear-shift").checkpoint
     (tmp_path / "p.txt").write_text("a\n")
     for run in ("undisturbed", "killed"):
         qwen_stage("encode", "p.txt", f"--out={run}", f"--model={model}")
     assert qwen_stage("denoise", "--embeddings=undisturbed", *LONG, *batching, "--keep-trajectory").code == 0
+    fresh_cache()
     command = [sys.executable, "-P", "-m", "orchestrator.cli", "denoise", "--embeddings=killed", *LONG, *batching]
     command.append("--keep-trajectory")
-    random = np.random.default_rng(0)
-    before = 0
-    for _ in range(KILLS):
-        child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while child.poll() is None and steps_done(tmp_path / "killed") <= before:
+    random = np.random.default_rng()
+    run = tmp_path / "killed"
+    before: dict[str, int] = {}
+    deaths = 0
+    for kill in range(kills + 1):  # the last one lives
+        child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while kill < kills and child.poll() is None and steps_done(run) == before:
             time.sleep(0.001)  # until it has gone on
-        time.sleep(random.uniform(0, 0.05))
-        child.kill()
-        child.wait()
-        now = steps_done(tmp_path / "killed")
-        assert now >= before  # nothing that was on disk is lost
+        if kill < kills:
+            time.sleep(random.uniform(0, 0.03))
+            child.kill()
+        said = child.communicate(timeout=60)[1].decode()
+        last = min(before.values(), default=0)  # of the picture, or of the batch, that was interrupted
+        after = [int(line.rpartition(" ")[2]) for line in said.splitlines() if "goes on after step" in line]
+        # not one step is done again but the interrupted one; after the last of all, the picture may be published
+        assert after in {0: ([],), 20: ([], [20])}.get(last, ([last],))
+        deaths += child.returncode == -signal.SIGKILL
+        now = steps_done(run)
+        assert all(now[name] >= step for name, step in before.items())  # nothing that was on disk is lost
         before = now
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    assert child.returncode == 0
+    assert deaths == kills
     undisturbed, killed = (chunks(tmp_path / run) for run in ("undisturbed", "killed"))
-    assert len(undisturbed) == 3 * (1 + 21)  # the final latents, and the noise and twenty steps
+    assert len(undisturbed) == 5 * (1 + 21)  # the final latents, and the noise and twenty steps
     assert killed == undisturbed
 
 

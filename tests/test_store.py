@@ -1,18 +1,24 @@
 """Published files are whole, and whatever is read was checked."""
 
 import errno
+import json
 import os
 import re
+import tempfile
+import tracemalloc
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+import safetensors.numpy
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts_schema import arrays, keys, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import Cost, File, ImagesManifest, LatentsItem, LatentsManifest, Model
+from artifacts_schema.manifests import Cost, Embedding, File, ImagesManifest, LatentsItem, LatentsManifest, Model
 
 SHA = "0" * 64
 MODEL = Model(name="demo", fingerprints={"vae": SHA})
@@ -277,3 +283,200 @@ def test_manifests_survive_their_own_encoding(published):
     directory, _, _ = published
     manifest, _ = store.read_manifest(directory, LatentsManifest)
     assert msgspec.json.decode(msgspec.json.encode(manifest), type=LatentsManifest) == manifest
+
+
+def sealed_item(directory, item: LatentsItem, files: dict[str, bytes]) -> LatentsItem:
+    """A manifest that agrees with whatever files it is given, as who means harm would write it."""
+    for name, data in files.items():
+        path = directory / item.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return msgspec.structs.replace(item, files=store.describe(item.directory, files))
+
+
+HOSTILE_METADATA = {
+    "a compressor": {"codecs": [{"name": "bytes"}, {"name": "gzip", "configuration": {"level": 9}}]},
+    "another codec": {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]},
+    "a huge shape": {"shape": [10**9, 10**9, 10**9]},
+    "another type": {"data_type": "float64"},
+    "a plain fill value": {"fill_value": 0.0},
+    "a transformer": {"storage_transformers": [{"name": "sharding"}]},
+    "a surprise": {"surprise": 1},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_METADATA)
+def test_metadata_that_we_would_not_write(published, change):
+    directory, item, latents = published
+    files = arrays.pack(latents)
+    metadata = {**json.loads(files["zarr.json"]), **HOSTILE_METADATA[change]}
+    item = sealed_item(directory, item, {**files, "zarr.json": json.dumps(metadata).encode()})
+    with pytest.raises(UserError, match=r"not an array as qwen-stage writes|another shape"):
+        store.read_latents(directory, item)
+
+
+@pytest.mark.parametrize("metadata", [b"", b"[]", b"[" * 50_000, b"\xff"])
+def test_metadata_that_is_none(published, metadata):
+    directory, item, latents = published
+    item = sealed_item(directory, item, {**arrays.pack(latents), "zarr.json": metadata})
+    with pytest.raises(UserError, match="its metadata is"):
+        store.read_latents(directory, item)
+
+
+def test_a_chunk_whose_own_checksum_is_wrong(published):
+    directory, item, latents = published
+    files = arrays.pack(latents)
+    chunk = files["c/0/0/0"]
+    item = sealed_item(directory, item, {**files, "c/0/0/0": chunk[:-1] + bytes([chunk[-1] ^ 1])})
+    with pytest.raises(UserError, match="checksum"):
+        store.read_latents(directory, item)
+
+
+@pytest.mark.parametrize("strange", ["c/0/0/1", "evil.json", "c/0/zarr.json"])
+def test_files_that_an_array_has_too_many(published, strange):
+    directory, item, _ = published
+    (directory / item.directory / strange).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{strange} is not part of an array"):
+        store.read_latents(directory, item)
+
+
+def test_arrays_are_read_by_zarr_as_they_are_by_us(published):
+    directory, item, latents = published
+    array = zarr.open_array(store=directory / item.directory, mode="r")
+    assert np.array_equal(array[...], latents)
+    assert array.chunks == latents.shape
+
+
+@pytest.mark.parametrize("make", ["fifo", "symlink", "huge", "directory"])
+def test_manifests_that_are_no_files(published, make):
+    """Refused at once: a pipe is never waited for, and nothing of a huge file is read."""
+    directory, _, _ = published
+    path = directory / "manifest.json"
+    path.rename(directory / "other.json")
+    if make == "fifo":
+        os.mkfifo(path)
+    elif make == "symlink":
+        path.symlink_to("other.json")
+    elif make == "directory":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        store.read_manifest(directory, LatentsManifest)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_a_huge_file_that_a_manifest_lists(published):
+    directory, item, _ = published
+    first, *others = item.files
+    with (directory / first.path).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="is damaged"):
+        store.read_latents(directory, item)
+    huge = msgspec.structs.replace(first, size=1 << 40)
+    with pytest.raises(UserError, match="do not trust it"):
+        store.verify(directory, (huge, *others))
+
+
+def test_swapped_latents_are_found(published):
+    directory, item, latents = published
+    other = msgspec.structs.replace(item, key="b" * 32)
+    other = msgspec.structs.replace(other, files=store.publish(directory, other.directory, arrays.pack(latents + 1)))
+    (directory / item.directory).rename(directory / "x")
+    (directory / other.directory).rename(directory / item.directory)
+    (directory / "x").rename(directory / other.directory)
+    for each in (item, other):
+        with pytest.raises(UserError, match="c/0/0/0 is damaged"):
+            store.read_latents(directory, each)
+
+
+EMBEDS = np.ones((3, 4), np.float32)
+MASK = np.ones(3, bool)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 100,
+        (1 << 60).to_bytes(8, "little") + b"{}",
+        (8).to_bytes(8, "little") + b"[" * 8,
+        safetensors.numpy.save({"prompt_embeds": EMBEDS}),
+        safetensors.numpy.save({"prompt_embeds": EMBEDS, "prompt_embeds_mask": MASK, "more": MASK}),
+        safetensors.numpy.save({"prompt_embeds": EMBEDS[:2], "prompt_embeds_mask": MASK}),
+        safetensors.numpy.save({"prompt_embeds": EMBEDS.astype(np.float16), "prompt_embeds_mask": MASK}),
+    ],
+)
+def test_embeddings_that_are_not_what_their_manifest_says(tmp_path, data):
+    embedding = Embedding(
+        key="a" * 32, tokens=3, prompt_tokens=3, dim=4, dtype="float32", file=store.publish(tmp_path, "x", data)[0]
+    )
+    with pytest.raises(UserError, match=r"cannot be read|does not hold what its manifest says"):
+        store.read_embeddings(tmp_path, embedding)
+
+
+def test_a_manifest_whose_checksum_was_taken_out(published):
+    directory, _, _ = published
+    path = directory / "manifest.json"
+    path.write_bytes(re.sub(rb'"checksum": "[0-9a-f]+",', b"", path.read_bytes()))
+    with pytest.raises(UserError, match="is damaged: its content is not what was written"):
+        store.read_manifest(directory, LatentsManifest)
+
+
+@given(data=st.data())
+def test_whatever_is_done_to_a_manifest_it_is_refused_or_the_same(data):
+    """Bytes put in, taken out, changed or swapped around: never another exception, never another content."""
+    latents = np.zeros((16, 8, 8), np.float32)
+    item = latents_item(latents, (File(path="a/b", size=3, sha256=SHA),))
+    manifest = LatentsManifest(versions={"é": '"checksum": "'}, model=MODEL, items=(item,))
+    whole = store.seal(manifest, LatentsManifest)
+    start = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(start, min(len(whole), start + 8)))
+    changed = whole[:start] + data.draw(st.binary(max_size=8)) + whole[end:]
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "manifest.json").write_bytes(changed)
+        try:
+            found, _ = store.read_manifest(Path(directory), LatentsManifest)
+        except UserError:
+            assert changed != whole
+        else:
+            assert changed == whole
+            assert msgspec.structs.replace(found, checksum="") == manifest
+
+
+names = st.text(min_size=1, max_size=20)
+fingerprints = st.dictionaries(names, st.text("0123456789abcdef", min_size=64, max_size=64), max_size=3)
+
+
+@given(
+    prompts=st.lists(names, max_size=4),
+    versions=st.dictionaries(names, names, max_size=3),
+    fingerprints=fingerprints,
+    seconds=st.floats(allow_nan=False, allow_infinity=False),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+)
+def test_any_manifest_survives_being_written_and_read(prompts, versions, fingerprints, seconds, seed):
+    cost = Cost(seconds=seconds, process_peak=1, mlx_peak=0)
+    base = latents_item(np.zeros((16, 8, 8)), (File(path="a/b", size=3, sha256=SHA),))
+    items = tuple(msgspec.structs.replace(base, prompt=prompt, seed=seed, cost=cost) for prompt in prompts)
+    manifest = LatentsManifest(versions=versions, model=Model(name="m", fingerprints=fingerprints), items=items)
+    with tempfile.TemporaryDirectory() as directory:
+        store.write_manifest(Path(directory), manifest)
+        found, _ = store.read_manifest(Path(directory), LatentsManifest)
+        assert msgspec.structs.replace(found, checksum="") == manifest
+        assert not store.restore_manifest(Path(directory), LatentsManifest)
+
+
+@pytest.mark.parametrize("what", ["symlink", "fifo"])
+def test_a_lock_that_is_no_file(tmp_path, what):
+    if what == "fifo":
+        os.mkfifo(tmp_path / ".lock")
+        with store.writing(tmp_path):
+            return
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"), store.writing(tmp_path):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
