@@ -7,8 +7,6 @@ does this: zarr and safetensors only rename, or write in place.
 import contextlib
 import fcntl
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,8 +26,7 @@ def publish(directory: Path, name: str, content: Content, inherit: bool = False)
     between them loses what was there, which must never be anything whole.
     """
     target = directory / name
-    temporary = directory / f"{TEMPORARY}{secrets.token_hex(8)}"
-    aside = directory / f"{TEMPORARY}{secrets.token_hex(8)}"
+    temporary, aside = (directory / f"{TEMPORARY}{os.urandom(8).hex()}" for _ in range(2))
     if not isinstance(content, bytes) and _holds(target, content):
         return
     mode = stat.S_IMODE(directory.stat().st_mode) if inherit else None
@@ -72,7 +69,9 @@ def blocks(file: int) -> Iterator[bytes]:
 def remove(path: Path) -> None:
     """Removes a file or a directory with everything in it, if it is there; what cannot be removed stays."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        from shutil import rmtree
+
+        rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
             path.unlink()

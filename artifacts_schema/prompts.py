@@ -2,7 +2,6 @@
 
 import math
 import re
-import tomllib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -137,6 +136,8 @@ def _json_lines(text: str, source: str, kind: type[T]) -> Iterator[tuple[str, T]
 
 def _parse_toml(text: str, source: str) -> list[Prompt]:
     """`[[prompts]]` tables; the same keys at the top of the file are defaults for all of them."""
+    import tomllib
+
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, so is an endless integer

@@ -7,7 +7,6 @@ bytes; those of everything else stand in it.
 import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
@@ -249,7 +248,7 @@ def run_directory(out: Path | None) -> Iterator[Path]:
         yield run
     finally:
         if not any(run.rglob(MANIFEST)):
-            shutil.rmtree(run, ignore_errors=True)
+            disk.remove(run)
 
 
 @contextlib.contextmanager

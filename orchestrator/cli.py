@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from artifacts_schema import __version__
 from artifacts_schema.errors import UserError
 from orchestrator import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 
@@ -79,6 +78,8 @@ def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
 
 def _fail(message: str, debug: bool) -> int:
     if debug:
+        import traceback
+
         traceback.print_exc()
     _notice(f"error: {' '.join(message.split())}")
     return EXIT_BAD_INPUT
@@ -456,7 +457,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Text to image with Qwen-Image on MLX, in three processes that exchange files: encode, denoise, decode."
     parser = argparse.ArgumentParser(prog="qwen-stage", description=about)
-    parser.add_argument("--version", action="version", version=f"qwen-stage {version('qwen-stage')}")
+    parser.add_argument("--version", action="version", version=f"qwen-stage {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser(

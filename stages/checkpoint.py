@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ DEMO_DIRECTORY = Path(__file__).parent / "tiny"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-CUDA_BACKENDS = ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda")
+CUDA_BACKEND = "mlx_cuda*.dist-info"  # beside MLX's own package
 SHOWN_NAMES = 3  # of tensors, in an error
 MAX_POSITIONS = 4096  # the reference's RoPE tables end there; the transformer never saw positions beyond
 REAL_MODEL_HINT = "choose a real one with --model, for example --model Qwen/Qwen-Image-2512"
@@ -242,17 +242,10 @@ def default_dtype() -> str:
 
     Told from what is installed: asking MLX would mean importing it, which a fully cached `encode` never does.
     """
-    if sys.platform == "darwin" or any(find_distribution(name) for name in CUDA_BACKENDS):
-        return "bfloat16"
-    return "float32"
-
-
-def find_distribution(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    package = find_spec("mlx")
+    places = [Path(place).parent for place in package.submodule_search_locations or ()] if package else []
+    has_cuda = any(any(place.glob(CUDA_BACKEND)) for place in places)
+    return "bfloat16" if sys.platform == "darwin" or has_cuda else "float32"
 
 
 def mlx_dtype(name: str) -> "mx.Dtype":

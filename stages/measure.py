@@ -5,8 +5,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
+from artifacts_schema import __version__
 from artifacts_schema.manifests import Cost
 
 Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
@@ -33,5 +33,6 @@ class Stopwatch:
 
 
 def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("qwen-stage", "mlx")}
-    return {**packages, "python": platform.python_version()}
+    """Of what ran here; MLX is not there when everything was cached."""
+    mlx = {"mlx": sys.modules["mlx.core"].__version__} if "mlx.core" in sys.modules else {}
+    return {"qwen-stage": __version__, **mlx, "python": platform.python_version()}
