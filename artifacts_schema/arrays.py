@@ -91,8 +91,6 @@ def check(metadata: bytes, shape: Shape, chunks: Shape) -> None:
     if not isinstance(found, dict):
         raise ValueError("its metadata is not an object")
     found = {name: value for name, value in found.items() if value or name not in MAY_BE_EMPTY}
-    if found.get("shape") != list(shape):
-        raise ValueError(f"has another shape than its manifest says ({list(shape)})")
     wanted = {
         "zarr_format": 3,
         "node_type": "array",
@@ -103,5 +101,5 @@ def check(metadata: bytes, shape: Shape, chunks: Shape) -> None:
         "fill_value": "NaN",
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
     }
-    if found != wanted:
+    if json.dumps(found, sort_keys=True) != json.dumps(wanted, sort_keys=True):  # in Python, 4.0 == 4 == True + 3
         raise ValueError("is not an array as qwen-stage writes them")

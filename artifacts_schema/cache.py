@@ -6,8 +6,10 @@
     images/ab/cdef….png
     damaged/                          what did not match its record, set aside
 
-A key names everything that determines the content, so entries are never wrong, only absent or damaged; whatever is
-taken from here is verified. Renames make it correct; the lock only saves two processes from doing the same work.
+A key names everything that determines the content; whatever is taken from here is compared with its record, and
+checked to be of its kind. Who may write to a cache is trusted with the pictures that others get from it, and with
+nothing else: no entry reaches beyond its place, or costs more than its kind may. Renames make it correct; the lock only
+saves two processes from doing the same work.
 """
 
 import contextlib
@@ -16,10 +18,10 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from artifacts_schema import disk, store
-from artifacts_schema.errors import UserError
+from artifacts_schema import arrays, disk, store
+from artifacts_schema.errors import Unreadable, UserError
 from artifacts_schema.manifests import Embedding, File, ImageItem, LatentsItem, Record
 
 DAMAGED = "damaged"
@@ -27,6 +29,8 @@ SETTING_LIMIT = "QWEN_STAGE_CACHE_SIZE"
 DEFAULT_LIMIT = "20GB"
 MAX_RECORD_BYTES = 1 << 20
 LEFTOVER_SECONDS = 24 * 3600  # a temporary file this old belongs to no living process
+# shelves, entries and temporary files; with its first two digits, what was set aside
+OUR_NAMES = re.compile(r"[0-9a-f]{2}|([0-9a-f]{2})?[0-9a-f]{30}\.(json|safetensors|zarr|png)|\.tmp-[0-9a-f]{16}")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 Notice = Callable[[str], None]
@@ -36,6 +40,7 @@ Item = TypeVar("Item", Embedding, LatentsItem, ImageItem)
 class CacheRecord(Record, Generic[Item], frozen=True, kw_only=True):
     """What an entry is, and the files it consists of."""
 
+    key: str
     item: Item
     files: tuple[File, ...]
     checksum: str = ""
@@ -77,13 +82,21 @@ def find(kind: Kind[Item], key: str, notice: Notice) -> Item | None:
     return record.item if record else None
 
 
-def adopt(kind: Kind[Item], key: str, directory: Path, name: str, notice: Notice) -> tuple[File, ...] | None:
+def adopt(
+    kind: Kind[Item], key: str, directory: Path, name: str, check: Callable[[Any], object], notice: Notice
+) -> tuple[File, ...] | None:
     """Publishes an entry's data as `directory/name`, verified, and marks it as used now.
 
-    A damaged entry is set aside; that, like an entry that went meanwhile, is None.
+    `check(content)` raises ValueError for what is not as it must be. An entry that is damaged or refused is set aside;
+    that, like an entry that went meanwhile, is None.
     """
     content = _content(kind, key, notice)
     if content is None:
+        return None
+    try:
+        check(content)
+    except (ValueError, KeyError, TypeError) as error:
+        _set_aside(kind, key, error, notice)
         return None
     with contextlib.suppress(OSError):  # another user's entry
         os.utime(_record(kind, key))
@@ -95,13 +108,13 @@ def verify(kind: Kind[Item], key: str, notice: Notice) -> bool:
     return _content(kind, key, notice) is not None
 
 
-def put(kind: Kind[Item], item: Item, content: disk.Content) -> None:
-    """Adds a result under its key. A cache that cannot be written to is no error."""
-    record, data = _record(kind, item.key), _data(kind, item.key)
+def put(kind: Kind[Item], key: str, item: Item, content: disk.Content) -> None:
+    """Adds a result under a key. A cache that cannot be written to is no error."""
+    record, data = _record(kind, key), _data(kind, key)
     with contextlib.suppress(OSError):
         _make_shared(record.parent)
         disk.publish(data.parent, data.name, content, inherit=True)
-        entry = CacheRecord(item=item, files=store.describe(data.name, content))
+        entry = CacheRecord(key=key, item=item, files=store.describe(data.name, content))
         disk.publish(record.parent, record.name, store.seal(entry, kind.record), inherit=True)
 
 
@@ -124,11 +137,12 @@ def entries() -> list[Entry]:
     """All entries, least recently used first."""
     found = []
     for kind in KINDS:
-        for record in root().glob(f"{kind.name}/??/*.json"):
-            key = record.parent.name + record.stem
-            with contextlib.suppress(OSError):
-                info = record.stat()
-                found.append(Entry(kind, key, info.st_size + _size(_data(kind, key)), info.st_mtime))
+        for record in _shelved(kind):
+            if record.suffix == ".json":
+                key = record.parent.name + record.stem
+                with contextlib.suppress(OSError):
+                    info = record.lstat()
+                    found.append(Entry(kind, key, info.st_size + _size(_data(kind, key)), info.st_mtime))
     return sorted(found, key=lambda entry: entry.used)
 
 
@@ -145,29 +159,54 @@ def trim(max_size: int) -> tuple[int, int]:
         if not record.exists():  # another user's may stay
             disk.remove(_data(entry.kind, entry.key))
             removed, freed = removed + 1, freed + entry.size
-    for path in (*root().glob("*/??/*"), *root().glob(f"{DAMAGED}/*")):
-        orphan = path.name.startswith(disk.TEMPORARY) or not path.with_suffix(".json").exists()
+    for path in _leftovers():
         with contextlib.suppress(OSError):
-            if (orphan or path.parent.name == DAMAGED) and time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+            if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
                 disk.remove(path)
     return removed, freed
 
 
 def forget_damaged() -> None:
-    disk.remove(root() / DAMAGED)
+    for path in _own(root() / DAMAGED):
+        disk.remove(path)
 
 
-def keep_to_limit() -> None:
-    """Trims to `$QWEN_STAGE_CACHE_SIZE`; called by whoever added something."""
-    trim(parse_bytes(os.environ.get(SETTING_LIMIT) or DEFAULT_LIMIT))
+def limit() -> int:
+    """`$QWEN_STAGE_CACHE_SIZE` in bytes. Whoever adds something asks for it first, and trims to it afterwards."""
+    try:
+        return parse_bytes(os.environ.get(SETTING_LIMIT) or DEFAULT_LIMIT)
+    except UserError as error:
+        raise UserError(f"{SETTING_LIMIT}: {error}") from None
 
 
 def parse_bytes(text: str) -> int:
     """ "20GB" -> 20,000,000,000."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)B?", text.strip().upper())
     if not match:
         raise UserError(f"{text!r} is not a size, as in 500MB or 20GB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def _own(directory: Path) -> list[Path]:
+    """What lies in a directory of the cache under names that we give. No link is followed: it may lead anywhere."""
+    with contextlib.suppress(OSError):
+        if not directory.is_symlink():
+            return [path for path in directory.iterdir() if OUR_NAMES.fullmatch(path.name)]
+    return []
+
+
+def _shelved(kind: Kind) -> Iterator[Path]:
+    for shelf in _own(root() / kind.name):
+        yield from _own(shelf)
+
+
+def _leftovers() -> Iterator[Path]:
+    """Temporary files, data without a record, and what was set aside."""
+    yield from _own(root() / DAMAGED)
+    for kind in KINDS:
+        for path in _shelved(kind):
+            if path.name.startswith(disk.TEMPORARY) or not path.with_suffix(".json").exists():
+                yield path
 
 
 def _record(kind: Kind, key: str) -> Path:
@@ -182,11 +221,18 @@ def _read_record(kind: Kind[Item], key: str, notice: Notice) -> CacheRecord[Item
     try:
         data = disk.read(_record(kind, key), MAX_RECORD_BYTES)
         record: CacheRecord[Item] = store.unseal(data, kind.record)
-        if record.item.key != key:
+        if record.key != key:
             raise UserError("the record is another entry's")
+        if {file.path for file in record.files} != _names(kind, key) or len(record.files) != len(_names(kind, key)):
+            raise UserError("the record lists other files than an entry has")
+        if sum(file.size for file in record.files) > _most_bytes(record.item):
+            raise UserError("the record lists more than an entry has")
     except FileNotFoundError:
         return None
-    except (UserError, ValueError, OSError) as error:
+    except OSError as error:
+        notice(f"cannot read a cache entry ({error.strerror}); it is made again")
+        return None
+    except (UserError, ValueError) as error:
         _set_aside(kind, key, error, notice)
         return None
     return record
@@ -202,7 +248,10 @@ def _content(kind: Kind[Item], key: str, notice: Notice) -> disk.Content | None:
         if data.name in files:
             return files[data.name]
         return {path.removeprefix(f"{data.name}/"): content for path, content in files.items()}
-    except (UserError, OSError) as error:
+    except (OSError, Unreadable) as error:
+        notice(f"cannot read a cache entry ({error}); it is made again")
+        return None
+    except UserError as error:
         if _record(kind, key).exists():  # else it was trimmed just now
             _set_aside(kind, key, error, notice)
         return None
@@ -217,7 +266,23 @@ def _set_aside(kind: Kind, key: str, error: Exception, notice: Notice) -> None:
             if path.is_symlink() or path.exists():
                 path.replace(aside)
     reason = str(error).partition("; repair")[0]
-    notice(f"set a damaged cache entry aside ({reason}); it is made again")
+    done = "cannot set aside" if _record(kind, key).exists() else "set aside"
+    notice(f"{done} a damaged cache entry ({reason}); it is made again")
+
+
+def _names(kind: Kind, key: str) -> set[str]:
+    """The files that an entry's data consists of."""
+    name = _data(kind, key).name
+    return {f"{name}/{path}" for path in (arrays.METADATA, arrays.chunk_name())} if kind is LATENTS else {name}
+
+
+def _most_bytes(item: Any) -> int:
+    """An upper bound for the size of an entry's data, from what is said of it."""
+    if isinstance(item, Embedding):
+        return 4 * item.tokens * item.dim + item.tokens + arrays.MAX_METADATA_BYTES
+    if isinstance(item, LatentsItem):
+        return arrays.chunk_bytes(item.shape) + arrays.MAX_METADATA_BYTES
+    return store.MAX_FILE_BYTES
 
 
 def _size(path: Path) -> int:

@@ -132,6 +132,8 @@ def _write_tree(root: Path, content: Mapping[str, bytes], mode: int | None) -> N
     directories = {root}
     for name, data in content.items():
         path = root / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} leaves the directory")
         directories |= {root / parent for parent in Path(name).parents}
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data, mode)

@@ -3,3 +3,11 @@
 
 class UserError(Exception):
     """Bad input or a bad environment. The command prints the message without a traceback and exits with 2."""
+
+
+class Damaged(UserError):
+    """Something that was written is missing or no longer what it was: it may be made again."""
+
+
+class Unreadable(UserError):
+    """Something that may be whole, but cannot be read here and now."""

@@ -3,7 +3,7 @@
 Any change to a struct makes a new tag; old structs then stay as they are, with a pure upgrade to the next.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -119,10 +119,10 @@ class Recipe(Record, frozen=True, kw_only=True):
     height: Positive
     num_inference_steps: Positive
     true_cfg_scale: float
-    model: str
+    model: Annotated[str, Meta(pattern="^[^\0]*$")]
     fingerprints: dict[str, Sha256]
-    dtype: str
-    decode_dtype: str | None = None  # None: from before it was recorded
+    dtype: Literal["float32", "bfloat16"]
+    decode_dtype: Literal["float32", "bfloat16"] | None = None  # None: from before it was recorded
     latents_key: Key  # rather than a manifest's id: that changes with every picture added beside it
 
     def parameters(self) -> str:

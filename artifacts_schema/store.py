@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import msgspec
 from msgspec.structs import replace
 
 from artifacts_schema import arrays, disk, keys
-from artifacts_schema.errors import UserError
+from artifacts_schema.errors import Damaged, Unreadable, UserError
 from artifacts_schema.manifests import (
     Embedding,
     EmbeddingsManifest,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 BACKUP = "manifest.backup.json"  # the same again, for `rerun` to repair from: nothing else says what was asked for
 MAX_MANIFEST_BYTES = 64 << 20
-MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 256 << 20
 UNSEALED = "0" * 64
 KINDS: tuple[type[Manifest], ...] = (EmbeddingsManifest, LatentsManifest, ImagesManifest)
 MADE_BY = {"embeddings": "encode", "latents": "denoise", "images": "decode"}
@@ -60,21 +60,23 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def restore_manifest(directory: Path, kind: type[Manifest]) -> bool:
-    """Makes a manifest that cannot be read from its backup, or the other way round. Returns whether that was needed.
+    """Makes a damaged manifest from its backup, or the other way round. Returns whether one was damaged.
 
-    Raises UserError if neither can be read.
+    Raises Damaged if both are, UserError if one cannot be read for another reason: it may be a newer version's.
     """
     whole: dict[str, bytes] = {}
     for name in (MANIFEST, BACKUP):
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(Damaged):
             read_manifest(directory, kind, name)
             whole[name] = disk.read(directory / name, MAX_MANIFEST_BYTES)
-    if MANIFEST not in whole and BACKUP not in whole:
+    if not whole:
         read_manifest(directory, kind)  # says what is wrong with it
-    for name, other in ((MANIFEST, BACKUP), (BACKUP, MANIFEST)):
-        if name not in whole:
-            disk.publish(directory, name, whole[other])
-    return len(whole) < 2
+    best = whole.get(MANIFEST) or whole[BACKUP]
+    damaged = [name for name in (MANIFEST, BACKUP) if whole.get(name) != best]
+    existed = [name for name in damaged if os.path.lexists(directory / name)]
+    for name in damaged:
+        disk.publish(directory, name, best)
+    return bool(existed) or MANIFEST in damaged
 
 
 def seal(record: Any, kind: Any) -> bytes:
@@ -108,9 +110,30 @@ def find(path: Path, kind: type[Manifest]) -> Path:
     if not path.is_dir():
         raise UserError(f"{path} is a file; give a run directory or its {kind.kind}/")
     for directory in (path, path / kind.kind):
-        if os.path.lexists(directory / MANIFEST):
+        if is_there(directory):
             return directory
     raise UserError(f"{path} holds no {kind.kind}; make them with `qwen-stage {MADE_BY[kind.kind]}`")
+
+
+def kind_of(directory: Path) -> type[Manifest] | None:
+    """What kind of artifact a directory holds, by what its manifest says, or else by its name."""
+    if not is_there(directory):
+        return None
+    for name in (MANIFEST, BACKUP):
+        with contextlib.suppress(OSError, UserError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            schema = msgspec.json.decode(disk.read(directory / name, MAX_MANIFEST_BYTES))["schema"]
+            return {_name_of(kind): kind for kind in KINDS}[schema.rpartition("/")[0]]
+    return next((kind for kind in KINDS if kind.kind == directory.resolve().name), None)
+
+
+def _name_of(kind: type[Manifest]) -> str:
+    """Its tag without the version."""
+    return str(kind.__struct_config__.tag).rpartition("/")[0]
+
+
+def is_there(directory: Path) -> bool:
+    """Whether a directory holds an artifact, be its manifest damaged or missing."""
+    return any(os.path.lexists(directory / name) for name in (MANIFEST, BACKUP))
 
 
 def read_manifest(directory: Path, kind: type[M], name: str = MANIFEST) -> tuple[M, str]:
@@ -119,17 +142,60 @@ def read_manifest(directory: Path, kind: type[M], name: str = MANIFEST) -> tuple
     try:
         data = disk.read(path, MAX_MANIFEST_BYTES)
         manifest: Any = unseal(data, Union[(kind, *kind.older)])
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing; {repair(directory)}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise Unreadable(f"{path}: {error.strerror}") from None
     except ValueError as error:  # bad UTF-8 is one as well
-        raise UserError(_why_not(path, data, kind, error)) from None
+        raise _why_not(path, data, kind, error) from None
     while not isinstance(manifest, kind):
         manifest = manifest.upgrade()
+    _check_listing(path, manifest)
     return manifest, keys.sha256(data)
 
 
 def read_manifest_if_any(directory: Path, kind: type[M]) -> M | None:
-    return read_manifest(directory, kind)[0] if os.path.lexists(directory / MANIFEST) else None
+    return read_manifest(directory, kind)[0] if is_there(directory) else None
+
+
+def listed_files(manifest: Any) -> Iterator[File]:
+    """All the files that a manifest lists."""
+    if isinstance(manifest, EmbeddingsManifest):
+        yield from (each.file for each in manifest.embeddings)
+    elif isinstance(manifest, LatentsManifest):
+        for item in manifest.items:
+            yield from (*item.files, *item.trajectory)
+    else:
+        yield from (item.file for item in manifest.items)
+
+
+def _check_listing(path: Path, manifest: Any) -> None:
+    """Raises unless the files are those that we would have written, each once: no work is begun for others."""
+    files = list(listed_files(manifest))
+    strange = [file.path for file in files if PurePosixPath(file.path).as_posix() != file.path or "\0" in file.path]
+    strange += [file.path for file in files if file.size > MAX_FILE_BYTES]
+    if isinstance(manifest, EmbeddingsManifest):
+        strange += [each.file.path for each in manifest.embeddings if each.file.path != f"{each.key}.safetensors"]
+    elif isinstance(manifest, LatentsManifest):
+        strange += [name for item in manifest.items for name in _strange_latents(item)]
+    else:
+        strange += [item.file.path for item in manifest.items if "/" in item.file.path]
+    if strange or len({file.path for file in files}) < len(files):
+        what = repr(strange[0]) if strange else "a file twice"
+        raise UserError(f"{path} lists {what}, which qwen-stage would not; do not trust it")
+
+
+def _strange_latents(item: LatentsItem) -> Iterator[str]:
+    """What an item lists that we would not have written, by name or by size."""
+    sizes = {file.path.removeprefix(f"{item.directory}/"): file.size for file in item.files}
+    chunk = arrays.chunk_bytes(item.shape)
+    expected = sizes.keys() == {arrays.METADATA, arrays.chunk_name()} and sizes[arrays.chunk_name()] == chunk
+    if not expected or sizes[arrays.METADATA] > arrays.MAX_METADATA_BYTES:
+        yield item.directory
+    ours = (f"{item.key}.trajectory.zarr/", f"{item.key}.trajectory.json")
+    for file in item.trajectory:
+        if not file.path.startswith(ours) or file.size > max(chunk, arrays.MAX_METADATA_BYTES):
+            yield file.path
 
 
 def verify(directory: Path, files: tuple[File, ...]) -> None:
@@ -174,57 +240,75 @@ def _listed(directory: Path, file: File) -> Iterator[int]:
         with disk.opened(path) as descriptor:
             size = os.fstat(descriptor).st_size
             if size != file.size:
-                raise UserError(f"{path} is damaged ({size} bytes instead of {file.size}); {_repair(directory)}")
+                raise Damaged(f"{path} is damaged ({size} bytes instead of {file.size}); {repair(directory)}")
             yield descriptor
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {_repair(directory)}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{path} is missing; {repair(directory)}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise Unreadable(f"{path} cannot be read: {error}") from None
 
 
 def _compare(directory: Path, file: File, sha256: str) -> None:
     if sha256 != file.sha256:
         path = directory / file.path
-        raise UserError(f"{path} is damaged (its content is not what was written); {_repair(directory)}")
+        raise Damaged(f"{path} is damaged (its content is not what was written); {repair(directory)}")
 
 
 def read_latents(directory: Path, item: LatentsItem) -> "np.ndarray":
     """The latents [C, h, w] of an item, float32: verified against the manifest, and finite."""
     path = directory / item.directory
-    name = f"{item.directory}/{arrays.chunk_name()}"
-    sizes = {file.path: file.size for file in item.files}
-    metadata = f"{item.directory}/{arrays.METADATA}"
-    if sizes.keys() != {name, metadata} or sizes[metadata] > arrays.MAX_METADATA_BYTES:
-        raise UserError(f"{path} is not an array as qwen-stage writes them; {_repair(directory)}")
-    if sizes[name] != arrays.chunk_bytes(item.shape):
-        raise UserError(f"{path} has another shape than its manifest says; {_repair(directory)}")
-    files = {file.path.removeprefix(f"{item.directory}/"): read_file(directory, file) for file in item.files}
-    if strange := sorted(_inside(path) - files.keys()):
-        raise UserError(f"{path / strange[0]} is not part of an array as qwen-stage writes them; do not trust it")
+    if any(_strange_latents(item)):
+        raise UserError(f"{path} is not an array as qwen-stage writes them; do not trust it")
+    files = read_array(directory, item)
+    if strange := strangers(directory, item):
+        raise Damaged(f"{path / strange[0]} is not part of an array as qwen-stage writes them; {repair(directory)}")
     try:
         return arrays.unpack(files, item.shape)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} {error}; {_repair(directory)}") from None
+        raise UserError(f"{path} {error}; {repair(directory)}") from None
+
+
+def read_array(directory: Path, item: LatentsItem) -> dict[str, bytes]:
+    """The verified files of an item's latents, by their paths in the array's directory."""
+    return {file.path.removeprefix(f"{item.directory}/"): read_file(directory, file) for file in item.files}
+
+
+def strangers(directory: Path, item: LatentsItem) -> list[str]:
+    """What lies in an array's directory and is not part of it: a file browser's notes, or something worse."""
+    return sorted(_inside(directory / item.directory) - {arrays.METADATA, arrays.chunk_name()})
 
 
 def read_embeddings(directory: Path, embedding: Embedding) -> bytes:
     """The safetensors file of an embedding: verified, and exactly the two tensors that the manifest says."""
-    from safetensors import SafetensorError, deserialize
-
-    path = directory / embedding.file.path
     data = read_file(directory, embedding.file)
-    dtype = {"bfloat16": "BF16", "float32": "F32"}.get(embedding.dtype)
-    wanted = {
-        "prompt_embeds": (dtype, [embedding.tokens, embedding.dim]),
-        "prompt_embeds_mask": ("BOOL", [embedding.tokens]),
-    }
     try:
-        found = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in deserialize(data)}
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); {_repair(directory)}") from None
-    if found != wanted:
-        raise UserError(f"{path} does not hold what its manifest says; {_repair(directory)}")
+        check_embeddings(data, embedding)
+    except ValueError as error:
+        raise UserError(f"{directory / embedding.file.path} {error}; {repair(directory)}") from None
     return data
+
+
+def check_embeddings(data: bytes, embedding: Embedding) -> None:
+    """Raises ValueError unless a safetensors file holds just what is said of it, end to end."""
+    dtype, width = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}.get(embedding.dtype, ("", 0))
+    wanted = {
+        "prompt_embeds": (dtype, [embedding.tokens, embedding.dim], embedding.tokens * embedding.dim * width),
+        "prompt_embeds_mask": ("BOOL", [embedding.tokens], embedding.tokens),
+    }
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = msgspec.json.decode(data[8:start], type=dict[str, Any])
+        header.pop("__metadata__", None)
+        tensors = sorted((each["data_offsets"], name, each["dtype"], each["shape"]) for name, each in header.items())
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise ValueError("is no safetensors file") from None
+    end = 0
+    for (begin, next_end), name, *what in tensors:
+        if begin != end or wanted.pop(name, None) != (*what, next_end - begin):
+            break
+        end = next_end
+    if wanted or start + end != len(data):
+        raise ValueError("does not hold what its manifest says")
 
 
 def _inside(directory: Path) -> set[str]:
@@ -284,22 +368,23 @@ def _next_run(parent: Path) -> Path:
             raise UserError(f"cannot make a run directory in {parent}: {error.strerror}; choose --out") from None
 
 
-def _repair(directory: Path) -> str:
+def repair(directory: Path) -> str:
+    """What to do about damage."""
     return f"repair it with `qwen-stage rerun {run_of(directory)}`"
 
 
-def _why_not(path: Path, data: bytes, kind: type[Manifest], error: Exception) -> str:
+def _why_not(path: Path, data: bytes, kind: type[Manifest], error: Exception) -> UserError:
     """One line for a manifest that cannot be read: another kind, a newer version, or damage."""
-    damaged = f"{path} is damaged: {error}; {_repair(path.parent)}"
+    damaged = Damaged(f"{path} is damaged: {error}; {repair(path.parent)}")
     try:
         schema = str(msgspec.json.decode(data)["schema"])
     except (ValueError, RecursionError, KeyError, TypeError):
         return damaged
     name, _, version = schema.rpartition("/")
-    tags = {str(each.__struct_config__.tag).rpartition("/")[0]: each for each in KINDS}
+    tags = {_name_of(each): each for each in KINDS}
     if name in tags and tags[name] is not kind:
-        return f"{path.parent} holds {tags[name].kind}, not {kind.kind}"
+        return UserError(f"{path.parent} holds {tags[name].kind}, not {kind.kind}")
     newest = int(str(kind.__struct_config__.tag).rpartition("/")[2])
     if name in tags and version.isdecimal() and int(version) > newest:
-        return f"{path} was written by a newer qwen-stage ({schema}); upgrade qwen-stage"
+        return UserError(f"{path} was written by a newer qwen-stage ({schema}); upgrade qwen-stage")
     return damaged

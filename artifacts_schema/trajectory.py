@@ -1,31 +1,44 @@
 """A picture's latents step by step: the checkpoint from which an interrupted `denoise` goes on.
 
-`<key>.trajectory.zarr` is float32 [steps + 1, C, h, w], one checksummed chunk a step; step 0 is the noise. A chunk is
-there whole or not at all, and counts only if its checksum holds and all of it is finite.
+    <key>.trajectory.zarr   float32 [steps + 1, C, h, w], one chunk a step; step 0 is the noise
+    <key>.trajectory.json   the hash of each chunk: without it, one step's chunk could stand in another's place
+
+A chunk is there whole or not at all, after its hash; it counts if it matches that.
 """
 
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from artifacts_schema import arrays, disk, store
+from artifacts_schema import arrays, disk, keys, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import File
+from artifacts_schema.manifests import File, Record, Sha256
 
 if TYPE_CHECKING:
     import numpy as np
+
+MAX_RECORD_BYTES = 1 << 20
+
+
+class TrajectoryRecord(Record, frozen=True, kw_only=True):
+    key: str
+    chunks: dict[int, Sha256]
+    checksum: str = ""
 
 
 class Trajectory:
     def __init__(self, directory: Path, key: str, steps: int, shape: tuple[int, int, int]) -> None:
         self.directory = directory
+        self.key = key
         self.name = f"{key}.trajectory.zarr"
         self.path = directory / self.name
+        self.record = directory / f"{key}.trajectory.json"
         self.shape = (steps + 1, *shape)
+        self._chunks: dict[int, str] | None = None
 
     def steps(self) -> set[int]:
         """The steps that have a chunk, whatever is in it."""
-        return {int(path.name) for path in (self.path / "c").glob("*") if path.name.isdecimal()}
+        found = {int(path.name) for path in (self.path / "c").glob("*") if path.name.isdecimal()}
+        return found & self._recorded().keys()
 
     def read(self, step: int) -> "np.ndarray | None":
         """The latents [C, h, w] after so many steps, or None if they are not there or damaged."""
@@ -35,6 +48,8 @@ class Trajectory:
                 arrays.METADATA: disk.read(self.path / arrays.METADATA, arrays.MAX_METADATA_BYTES),
                 name: disk.read(self.path / name, arrays.chunk_bytes(self.shape[1:])),
             }
+            if keys.sha256(files[name]) != self._recorded().get(step):
+                return None
             return arrays.unpack_step(files, self.shape, step)
         except (OSError, UserError, ValueError, IndexError):
             return None
@@ -42,6 +57,9 @@ class Trajectory:
     def write(self, step: int, latents: "np.ndarray") -> None:
         files = arrays.pack_step(self.shape, step, latents)
         name = arrays.chunk_name(step)
+        self._chunks = {**self._recorded(), step: keys.sha256(files[name])}
+        record = TrajectoryRecord(key=self.key, chunks=self._chunks)
+        disk.publish(self.directory, self.record.name, store.seal(record, TrajectoryRecord))
         if self._is_begun():
             disk.publish(self.directory, f"{self.name}/c/{step}", {name.removeprefix(f"c/{step}/"): files[name]})
         else:
@@ -52,13 +70,25 @@ class Trajectory:
             disk.remove(self.path / "c" / str(step))
 
     def remove(self) -> None:
+        disk.remove(self.record)
         disk.remove(self.path)
 
     def files(self) -> tuple[File, ...]:
         """All of it, as a manifest lists it."""
         names = (arrays.METADATA, *(arrays.chunk_name(step) for step in range(self.shape[0])))
         content = {name: disk.read(self.path / name, store.MAX_FILE_BYTES) for name in names}
-        return store.describe(self.name, content)
+        record = store.describe(self.record.name, disk.read(self.record, MAX_RECORD_BYTES))
+        return (*store.describe(self.name, content), *record)
+
+    def _recorded(self) -> dict[int, str]:
+        if self._chunks is None:
+            self._chunks = {}
+            try:
+                record = store.unseal(disk.read(self.record, MAX_RECORD_BYTES), TrajectoryRecord)
+                self._chunks = record.chunks if record.key == self.key else {}
+            except (OSError, UserError, ValueError):
+                pass  # as if there were no steps
+        return self._chunks
 
     def _is_begun(self) -> bool:
         try:
@@ -69,13 +99,15 @@ class Trajectory:
         return True
 
 
-def resume_step(trajectories: list[Trajectory], whole: bool) -> int:
-    """The last step that all of them hold undamaged; with `whole`, the last before the first gap. 0: start anew."""
-
-    def held(step: int) -> bool:
-        return all(trajectory.read(step) is not None for trajectory in trajectories)
-
+def resume(trajectories: list[Trajectory], whole: bool) -> "tuple[int, list[np.ndarray]] | None":
+    """The last step that all of them hold undamaged, and their latents there; with `whole`, the last before a gap."""
     common = set.intersection(*(trajectory.steps() for trajectory in trajectories))
-    if whole:
-        return max(0, sum(1 for _ in takewhile(held, range(len(common)))) - 1)
-    return next(filter(held, sorted(common, reverse=True)), 0)
+    steps = list(range(len(common))) if whole else sorted(common, reverse=True)
+    best = None
+    for step in steps:
+        latents = [found for trajectory in trajectories if (found := trajectory.read(step)) is not None]
+        if len(latents) == len(trajectories):
+            best = step, latents
+        if whole == (len(latents) < len(trajectories)):  # the first gap, or the first that has none
+            break
+    return best if best and best[0] else None

@@ -18,6 +18,7 @@ from orchestrator import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_
 if TYPE_CHECKING:
     from artifacts_schema.manifests import Settings
 
+MOST_MORE_SEEDS = 10_000
 SAME_GESTURE_SECONDS = 1.0  # a Ctrl-C may arrive twice: from the terminal and from the parent
 
 
@@ -114,27 +115,30 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _denoise(args: argparse.Namespace) -> int:
+    from artifacts_schema.manifests import Settings
     from artifacts_schema.prompts import parse_wanted
     from orchestrator.progress import Bar
     from stages.denoise import denoise
 
     wanted = parse_wanted(*_read_items(args.items)) if args.items else None
-    with _deferred_interrupts() as interrupted:
-        directory, failures = denoise(
-            args.embeddings,
-            args.model,
-            args.out,
-            _settings(args, args.seed),
-            wanted=wanted,
-            batch=args.batch,
-            batch_guidance=args.batch_guidance,
-            noise=args.noise,
-            keep_trajectory=args.keep_trajectory,
-            dtype=args.dtype,
-            interrupted=interrupted,
-            report=Bar(),
-            notice=_notice,
-        )
+    settings = _settings(args, args.seed)
+    if wanted is not None and settings != Settings():
+        raise UserError("--items says seeds, size, steps and cfg itself; leave them out")
+    directory, failures = denoise(
+        args.embeddings,
+        args.model,
+        args.out,
+        settings,
+        wanted=wanted,
+        batch=args.batch,
+        batch_guidance=args.batch_guidance,
+        noise=args.noise,
+        keep_trajectory=args.keep_trajectory,
+        dtype=args.dtype,
+        deferring=_deferred_interrupts,
+        report=Bar(),
+        notice=_notice,
+    )
     for failure in failures:
         _notice(f"failed: {failure}")
     print(directory)
@@ -179,6 +183,7 @@ def _run(args: argparse.Namespace) -> int:
     entries = [
         Entry(
             prompt=prompt,
+            negative_prompt=args.negative_prompt,
             seeds=None if settings.seeds is None else list(settings.seeds),
             size=size,
             steps=settings.num_inference_steps,
@@ -188,7 +193,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     common = [*_option("--model", args.model), *(["--debug"] if args.debug else [])]
     compute = _option("--dtype", args.dtype)
-    encoding = [*compute, *_option("--out", args.out), *_option("--negative-prompt", args.negative_prompt)]
+    encoding = [*compute, *_option("--out", args.out)]
     encoding += ["--truncate"] if args.truncate else []
     code, lines = stage("encode", "-", "--format=jsonl", *common, *encoding, stdin=to_jsonl(entries))
     if code:
@@ -241,12 +246,11 @@ def _rerun(args: argparse.Namespace) -> int:
 
     options = [f"--batch={args.batch}"]
     options += ["--batch-guidance"] if args.batch_guidance else []
-    options += ["--keep-trajectory"] if args.keep_trajectory else []
     more = [seed for seed in args.seed if seed.startswith("+")]
-    if more and len(args.seed) > 1:
-        raise UserError("give either seeds or +N for N more of them")
+    if more and (len(args.seed) > 1 or int(more[0]) > MOST_MORE_SEEDS):
+        raise UserError(f"give either seeds or +N for N more of them, at most +{MOST_MORE_SEEDS}")
     settings = _settings(args, [] if more else [int(seed) for seed in args.seed])
-    changes = Changes(settings, int(more[0]) if more else 0, args.dtype)
+    changes = Changes(settings, int(more[0]) if more else 0, args.dtype, args.keep_trajectory)
     if args.start == "decode" and (settings != Settings() or more):
         raise UserError("seeds, size, steps and cfg are settings of denoise; rerun with --from denoise")
     code, pictures = Rerun(args.run, args.model, options, _notice).go(args.start, args.item or [], changes)
@@ -285,14 +289,16 @@ def _inspect(args: argparse.Namespace) -> int:
             print(inspect.picture_as_json(found))
         else:
             print("\n".join(inspect.picture_in_words(args.path, found)))
-        wrong += inspect.damaged_lineage(found) if args.verify else []
+        wrong += inspect.damaged_lineage(args.path, found) if args.verify else []
     else:
-        for directory, manifest in found:
-            if args.json:
-                print(msgspec.json.encode(manifest).decode())
+        for artifact in found:
+            if artifact.manifest is None:
+                wrong += [artifact.wrong] if artifact.wrong else []
+            elif args.json:
+                print(msgspec.json.encode(artifact.manifest).decode())
             else:
-                print("\n".join(inspect.in_words(directory, manifest)))
-            wrong += inspect.damaged(directory, manifest) if args.verify else []
+                print("\n".join(inspect.in_words(artifact.directory, artifact.manifest)))
+            wrong += inspect.damaged(artifact) if args.verify and artifact.manifest else []
     for line in wrong:
         _notice(f"error: {line}")
     if args.verify and not wrong:
@@ -314,8 +320,9 @@ def _cache_show(args: argparse.Namespace) -> int:
 def _cache_verify(args: argparse.Namespace) -> int:
     from artifacts_schema import cache
 
-    damaged = [entry for entry in cache.entries() if not cache.verify(entry.kind, entry.key, _notice)]
-    print(f"{len(cache.entries())} entries are whole, {len(damaged)} were damaged and are set aside")
+    entries = cache.entries()
+    damaged = [entry for entry in entries if not cache.verify(entry.kind, entry.key, _notice)]
+    print(f"{len(entries) - len(damaged)} entries are whole, {len(damaged)} were damaged and are set aside")
     return EXIT_SOME_FAILED if damaged else EXIT_DONE
 
 
@@ -339,6 +346,8 @@ def _option(name: str, value: object) -> list[str]:
 def _read_items(path: Path) -> tuple[bytes, str]:
     """What --items names, and how to call it in errors."""
     if str(path) == "-":
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give --items a file")
         return sys.stdin.buffer.read(), "--items -"
     try:
         return path.read_bytes(), f"--items {path}"

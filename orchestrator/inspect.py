@@ -20,23 +20,34 @@ from artifacts_schema.manifests import (
     Recipe,
 )
 
+NOT_HERE = "its run is not here"
+
 
 class Picture(NamedTuple):
     """A PNG's recipe, and where it came from, as far as that is still there: itself first, its embeddings last."""
 
     recipe: Recipe
     lineage: list[tuple[Path, ImageItem | LatentsItem | Embedding]]
+    broken: str | None  # why the lineage ends before
 
 
-def read(path: Path) -> "list[tuple[Path, Any]] | Picture":
-    """The recipe and lineage of a PNG, or the manifests (each with its directory) of a run or an artifact."""
+class Artifact(NamedTuple):
+    directory: Path
+    manifest: Any  # None if it cannot be read
+    wrong: str | None  # then, why
+
+
+def read(path: Path) -> list[Artifact] | Picture:
+    """The recipe and lineage of a PNG, or the manifests of a run or an artifact."""
     if path.is_file():
-        return Picture(read_recipe(path), list(_lineage(path)))
+        return Picture(read_recipe(path), *_lineage(path))
     found = []
-    for kind in store.KINDS:
-        for directory in (path, path / kind.kind):
-            if (directory / store.MANIFEST).exists() and directory.resolve().name == kind.kind:
-                found.append((directory, store.read_manifest(directory, kind)[0]))
+    for directory in (path, *(path / kind.kind for kind in store.KINDS)):
+        if kind := store.kind_of(directory):
+            try:
+                found.append(Artifact(directory, store.read_manifest(directory, kind)[0], None))
+            except UserError as error:
+                found.append(Artifact(directory, None, str(error)))
     if not found:
         raise UserError(f"{path} is no run, artifact or picture of qwen-stage")
     return found
@@ -46,35 +57,40 @@ def read_recipe(path: Path) -> Recipe:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # through a descriptor that is no pipe, and of PNG alone: that reads no pixels to find the text
-        with disk.opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+        # no pipe, and of PNG alone: that reads no pixels to find the text
+        with disk.opened(path.resolve()) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
             text = Image.open(file, formats=["PNG"]).info.get("qwen-stage")
         if not isinstance(text, str):
             raise UserError(f"{path} carries no recipe; it was not made by qwen-stage, or lost it on its way")
-        return msgspec.json.decode(text.encode(), type=Recipe)
+        recipe = msgspec.json.decode(text.encode(), type=Recipe)
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError):
         raise UserError(f"{path} is not a PNG") from None
-    except (RecursionError, ValueError) as error:  # msgspec's, Unicode's and Pillow's for text that inflates too far
+    except (RecursionError, ValueError, OSError) as error:  # Pillow's too, for a file cut off or text inflated too far
         raise UserError(f"{path} carries a recipe that cannot be read: {error}") from None
+    return recipe
 
 
-def _lineage(path: Path) -> Iterator[tuple[Path, ImageItem | LatentsItem | Embedding]]:
-    """From a picture in its run back to its prompt, through the manifests beside it."""
+def _lineage(path: Path) -> tuple[list[tuple[Path, ImageItem | LatentsItem | Embedding]], str | None]:
+    """From a picture in its run back to its prompt, through the manifests beside it; and why not further."""
     directory = path.resolve().parent
     run = directory.parent
+    found: list[tuple[Path, ImageItem | LatentsItem | Embedding]] = []
     try:
-        images, _ = store.read_manifest(directory, ImagesManifest)
-        image = next(item for item in images.items if item.file.path == path.name)
-        yield directory / image.file.path, image
+        images, _ = store.read_manifest(store.find(directory, ImagesManifest), ImagesManifest)
+        image = next(item for item in images.items if item.file.path == path.resolve().name)
+        found.append((directory / image.file.path, image))
         latents, _ = store.read_manifest(run / LatentsManifest.kind, LatentsManifest)
         item = next(item for item in latents.items if item.key == image.latents_key)
-        yield run / LatentsManifest.kind / item.directory, item
+        found.append((run / LatentsManifest.kind / item.directory, item))
         embeddings, _ = store.read_manifest(run / EmbeddingsManifest.kind, EmbeddingsManifest)
         for embedding in embeddings.embeddings:
             if embedding.key in (item.prompt_key, item.negative_key):
-                yield run / EmbeddingsManifest.kind / embedding.file.path, embedding
-    except (UserError, StopIteration):  # the picture has travelled, or its run is no longer whole
-        return
+                found.append((run / EmbeddingsManifest.kind / embedding.file.path, embedding))
+    except UserError as error:
+        return found, str(error) if found or store.is_there(directory) else NOT_HERE
+    except StopIteration:
+        return found, NOT_HERE
+    return found, None
 
 
 def in_words(directory: Path, manifest: Any) -> Iterator[str]:
@@ -119,34 +135,34 @@ def picture_in_words(path: Path, picture: Picture) -> Iterator[str]:
             yield f"  decoded, {cost(item)}"
 
 
-def files(manifest: Any) -> Iterator[File]:
-    if isinstance(manifest, EmbeddingsManifest):
-        yield from (each.file for each in manifest.embeddings)
-    elif isinstance(manifest, LatentsManifest):
-        for item in manifest.items:
-            yield from (*item.files, *item.trajectory)
-    else:
-        yield from (item.file for item in manifest.items)
-
-
-def damaged(directory: Path, manifest: Any) -> list[str]:
-    """What is wrong with an artifact's files, a line each."""
-    wrong = _wrong(directory, files(manifest))
+def damaged(artifact: Artifact) -> list[str]:
+    """What is wrong with an artifact, a line each."""
+    directory, manifest, wrong = artifact
+    if wrong is not None:
+        return [wrong]
+    found = _wrong(directory, store.listed_files(manifest))
     if os.path.lexists(directory / store.BACKUP):  # there were none with the first manifests
         try:
-            store.read_manifest(directory, type(manifest), store.BACKUP)
+            if store.read_manifest(directory, type(manifest), store.BACKUP)[0] != manifest:
+                found.append(f"{directory / store.BACKUP} is not the same as the manifest; {store.repair(directory)}")
         except UserError as error:
-            wrong.append(str(error))
-    return wrong
+            found.append(str(error))
+    if isinstance(manifest, EmbeddingsManifest):
+        held = {each.key for each in manifest.embeddings}
+        lost = [item.prompt for item in manifest.items if not {item.prompt_key, item.negative_key} <= held]
+        found += [f"{directory} lacks the embeddings of {prompt!r}; {store.repair(directory)}" for prompt in lost]
+    if isinstance(manifest, LatentsManifest):
+        strange = [directory / i.directory / name for i in manifest.items for name in store.strangers(directory, i)]
+        found += [f"{path} is no part of the array it lies in; {store.repair(directory)}" for path in strange]
+    return found
 
 
-def damaged_lineage(picture: Picture) -> list[str]:
+def damaged_lineage(path: Path, picture: Picture) -> list[str]:
     """The same of all that a picture was made from, and of itself."""
-    wrong = []
+    wrong = [f"{path} cannot be verified: {picture.broken}"] if picture.broken else []
     for place, item in picture.lineage:
-        wrong += _wrong(
-            place.parent, (*item.files, *item.trajectory) if isinstance(item, LatentsItem) else (item.file,)
-        )
+        files = (*item.files, *item.trajectory) if isinstance(item, LatentsItem) else (item.file,)
+        wrong += _wrong(place.parent, files)
     return wrong
 
 

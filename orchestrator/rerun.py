@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from msgspec.structs import replace
 
 from artifacts_schema import disk, store
-from artifacts_schema.errors import UserError
+from artifacts_schema.errors import Damaged, UserError
 from artifacts_schema.manifests import (
     EmbeddingsManifest,
     ImagesManifest,
@@ -48,6 +48,7 @@ class Changes(NamedTuple):
     settings: Settings
     more_seeds: int = 0  # this many after the largest that each prompt has
     dtype: str | None = None
+    keep_trajectory: bool = False
 
 
 class Rerun:
@@ -85,16 +86,17 @@ class Rerun:
     def _restore(self, kind: type[Manifest]) -> bool:
         """Repairs the manifest of an artifact. Returns whether there is that artifact."""
         directory = self.run / kind.kind
-        if not any((directory / name).exists() for name in (store.MANIFEST, store.BACKUP)):
+        if not store.is_there(directory):
             return False
         with store.writing(directory):
             try:
                 if store.restore_manifest(directory, kind):
                     self.notice(f"repaired the manifest of {directory}")
-            except UserError:
+            except Damaged:
                 if kind is not ImagesManifest:  # pictures can be made from the latents' manifest alone
                     raise
-                disk.remove(directory / store.MANIFEST)
+                for name in (store.MANIFEST, store.BACKUP):
+                    disk.remove(directory / name)
                 self.notice(f"the manifest of {directory} cannot be read; its pictures are made again")
         return True
 
@@ -145,18 +147,25 @@ class Rerun:
         keys = []
         wanted: dict[tuple[Wanted, str], bool] = {}  # with its dtype; whether its trajectory was kept
         embeddings = self._read(EmbeddingsManifest)
-        negatives = {item.prompt_key: item.negative_key for item in embeddings.items} if embeddings else {}
+        prompts = embeddings.items if embeddings else ()
+        negatives = {(item.prompt_key, item.negative_prompt): item.negative_key for item in prompts}
         before = self._items()
         for item, each in _changed(items, changes, negatives, _largest_seeds(before)):
             if each is not None:
-                wanted.setdefault((each, changes.dtype or item.dtype), bool(item.trajectory))
+                keep = changes.keep_trajectory or bool(item.trajectory)
+                wanted.setdefault((each, changes.dtype or item.dtype), keep)
             elif self._is_whole(item):
                 keys.append(item.key)
             else:
                 self.notice(f"{item.prompt!r} cannot be made again: its noise came from a file; use denoise --noise")
                 self.some_failed = True
-        whole = {(_wanted(item), item.dtype) for item in before if self._is_whole(item)}
-        missing = [(each, keep) for each, keep in wanted.items() if each not in whole]
+        whole = {(_wanted(item), item.dtype): bool(item.trajectory) for item in before if self._is_whole(item)}
+        missing = [(each, keep) for each, keep in wanted.items() if each not in whole or (keep and not whole[each])]
+        if missing and embeddings is None:
+            raise UserError(
+                f"{self.run} holds latents without their embeddings; make them again where those are, with "
+                f"`qwen-stage denoise --embeddings RUN --out {self.run}`"
+            )
         for (dtype, keep), group in _grouped(missing, lambda one: (one[0][1], one[1])):
             options = [f"--dtype={dtype}", *(["--keep-trajectory"] if keep else []), *self.options]
             lines = to_jsonl([each for (each, _), _ in group])
@@ -165,7 +174,8 @@ class Rerun:
         return [*keys, *(made[each] for each in wanted if each in made)]
 
     def _is_whole(self, item: LatentsItem) -> bool:
-        return store.is_whole(self.run / LatentsManifest.kind, (*item.files, *item.trajectory))
+        directory = self.run / LatentsManifest.kind
+        return store.is_whole(directory, (*item.files, *item.trajectory)) and not store.strangers(directory, item)
 
     def _denoise_all(self, changes: Changes) -> list[str]:
         """The first pictures of a run that has only embeddings."""
@@ -182,6 +192,7 @@ class Rerun:
             *_option("--steps", settings.num_inference_steps),
             *_option("--cfg", settings.true_cfg_scale),
             *(["--seed", *map(str, settings.seeds)] if settings.seeds else []),
+            *(["--keep-trajectory"] if changes.keep_trajectory else []),
             *self.options,
         )
         return [item.key for item in self._items()]
@@ -219,7 +230,10 @@ def _largest_seeds(items: list[LatentsItem]) -> dict[Wanted, int]:
 
 
 def _changed(
-    items: list[LatentsItem], changes: Changes, negatives: dict[str, str], largest: dict[Wanted, int]
+    items: list[LatentsItem],
+    changes: Changes,
+    negatives: dict[tuple[str, str], str],
+    largest: dict[Wanted, int],
 ) -> Iterator[tuple[LatentsItem, Wanted | None]]:
     """Each picture as it is wanted; None for one from injected noise, which can only stay as it is.
 
@@ -239,7 +253,9 @@ def _changed(
         cfg = max(wanted.true_cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale, 1.0)
         changed = replace(
             wanted,
-            negative_key=(item.negative_key or negatives.get(item.prompt_key)) if cfg > 1 else None,
+            negative_key=(item.negative_key or negatives.get((item.prompt_key, item.negative_prompt)))
+            if cfg > 1
+            else None,
             width=settings.width or wanted.width,
             height=settings.height or wanted.height,
             num_inference_steps=settings.num_inference_steps or wanted.num_inference_steps,

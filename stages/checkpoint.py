@@ -28,6 +28,7 @@ COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 CUDA_BACKEND = "mlx_cuda*.dist-info"  # beside MLX's own package
+MAX_PIXELS = 8192 * 8192
 SHOWN_NAMES = 3  # of tensors, in an error
 MAX_POSITIONS = 4096  # the reference's RoPE tables end there; the transformer never saw positions beyond
 REAL_MODEL_HINT = "choose a real one with --model, for example --model Qwen/Qwen-Image-2512"
@@ -119,6 +120,8 @@ class Checkpoint:
         if width < unit or height < unit or width % unit or height % unit:
             near = "x".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
             raise UserError(f"size {width}x{height} is not a multiple of {unit} both ways; the nearest is {near}")
+        if width * height > MAX_PIXELS:
+            raise UserError(f"size {width}x{height} has more than the {MAX_PIXELS} pixels that artifacts may have")
         if max(width, height) // unit // 2 + tokens > MAX_POSITIONS:
             largest = 2 * (MAX_POSITIONS - tokens) * unit
             raise UserError(f"size {width}x{height} is beyond the model's {MAX_POSITIONS} positions; at most {largest}")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 1  # raised whenever the same latents would give other pixels
 DEFAULT_DTYPE = "float32"  # also on GPUs: the VAE is small, and rounding shows in flat areas
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SLUG_LENGTH = 40  # characters of the prompt in a file name
 
 
@@ -48,11 +49,14 @@ def decode(
 
     Returns the pictures of all those items and what failed, a line each. Raises UserError when all fail.
     """
+    cache_limit = cache.limit()
     dtype = dtype or DEFAULT_DTYPE
     source = store.find(latents, LatentsManifest)
     manifest, manifest_id = store.read_manifest(source, LatentsManifest)
     checkpoint = open_checkpoint(model or manifest.model.name)
     checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
+    if unknown := (items or frozenset()) - {item.key for item in manifest.items}:
+        raise UserError(f"{source} holds no latents {min(unknown)!r}; `qwen-stage inspect --json` lists their keys")
 
     with store.writing((out or store.run_of(source)) / ImagesManifest.kind) as directory:
         before = store.read_manifest_if_any(directory, ImagesManifest)
@@ -89,8 +93,9 @@ def decode(
 
         adopted = 0
         for key in [key for key in wanted if key not in whole]:
-            if cached := cache.find(cache.IMAGES, key, notice):
-                files = cache.adopt(cache.IMAGES, key, directory, name_of(key), notice)
+            shared_key = _shared_key(key, _recipe(wanted[key], manifest.model, dtype))
+            if cached := cache.find(cache.IMAGES, shared_key, notice):
+                files = cache.adopt(cache.IMAGES, shared_key, directory, name_of(key), _check_png, notice)
                 if files:
                     add(key, files[0], cached.cost)
                     adopted += 1
@@ -115,20 +120,31 @@ def decode(
         for number, key in enumerate(todo, 1):
             watch = Stopwatch()
             item = wanted[key]
-            png = _png(_pixels(vae, store.read_latents(source, item)), _recipe(item, manifest.model, dtype))
+            recipe = _recipe(item, manifest.model, dtype)
+            png = _png(_pixels(vae, store.read_latents(source, item)), recipe)
             (file,) = store.publish(directory, name_of(key), png)
             add(key, file, watch.cost())
-            cache.put(cache.IMAGES, done[key], png)
+            cache.put(cache.IMAGES, _shared_key(key, recipe), done[key], png)
             publish_manifest()  # after every picture, so that an interruption loses none
             report("decode", number, len(todo))
     if todo:
-        cache.keep_to_limit()
+        cache.trim(cache_limit)
     return [directory / done[key].file.path for key in wanted if key in whole], failures
 
 
 def _key(item: LatentsItem, checkpoint: Checkpoint, dtype: str) -> str:
     vae = checkpoint.fingerprint("vae")
     return keys.key({"latents": item.key, "vae": vae, "dtype": dtype, "code": CODE_VERSION})
+
+
+def _shared_key(key: str, recipe: Recipe) -> str:
+    """What names a picture among all runs: with its recipe, which names the model as this run calls it."""
+    return keys.key([key, recipe])
+
+
+def _check_png(data: bytes) -> None:
+    if not data.startswith(PNG_SIGNATURE):
+        raise ValueError("not a PNG")
 
 
 def _load_vae(checkpoint: Checkpoint, dtype: str) -> "AutoencoderKLQwenImage":
@@ -149,7 +165,7 @@ def _pixels(vae: "AutoencoderKLQwenImage", latents: "np.ndarray") -> "np.ndarray
 
 
 def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
-    return Recipe(
+    fields = dict(
         prompt=item.prompt,
         negative_prompt=None if item.negative_key is None else item.negative_prompt,
         seed=item.seed,
@@ -164,6 +180,7 @@ def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
         decode_dtype=decode_dtype,
         latents_key=item.key,
     )
+    return msgspec.convert(fields, type=Recipe)  # checks them: who reads it will
 
 
 def _png(pixels: "np.ndarray", recipe: Recipe) -> bytes:

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,7 +26,7 @@ from artifacts_schema.manifests import (
     Settings,
 )
 from artifacts_schema.prompts import Wanted, check_settings
-from artifacts_schema.trajectory import Trajectory, resume_step
+from artifacts_schema.trajectory import Trajectory, resume
 from stages.checkpoint import Checkpoint, default_dtype, load_weights, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.scheduler import SchedulerConfig
@@ -80,7 +81,7 @@ def denoise(
     noise: Path | None = None,
     keep_trajectory: bool = False,
     dtype: str | None = None,
-    interrupted: Callable[[], bool] = lambda: False,
+    deferring: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
     report: Report,
     notice: Notice,
 ) -> tuple[Path, list[str]]:
@@ -89,13 +90,15 @@ def denoise(
     `overrides` come before the prompts' own settings, those before the checkpoint's defaults; what is `wanted` says
     all of that itself. Finished pictures are
     published one batch at a time and never lost; an unfinished one goes on from its last checkpoint and ends as if it
-    had never stopped. When `interrupted()` turns true, the step is finished and saved, then KeyboardInterrupt raised.
+    had never stopped. Within `deferring()`, when what that yields turns true, the step is finished and saved, then
+    KeyboardInterrupt raised.
     Returns the latents directory and what failed, a line each.
     """
     import numpy as np
 
     from stages.models.transformer import TransformerConfig
 
+    cache_limit = cache.limit()
     source = store.find(embeddings, EmbeddingsManifest)
     manifest, manifest_id = store.read_manifest(source, EmbeddingsManifest)
     checkpoint = open_checkpoint(model or manifest.model.name)
@@ -125,23 +128,31 @@ def denoise(
             for key, item in done.items()
             if store.is_whole(directory, (*item.files, *item.trajectory)) and (item.trajectory or not keep_trajectory)
         }
+        kept = {key for key, item in done.items() if item.trajectory}
         inputs = tuple(dict.fromkeys((*latents.inputs, manifest_id)))
 
         order = list(dict.fromkeys([*done, *(job.key for job in jobs)]))
+        listed = len(done)
 
-        def publish_manifest() -> None:
-            items = tuple(done[key] for key in order if key in done)
+        def publish_manifest(last: str | None = None) -> None:
+            """Lists what there is, up to a job: a picture's place, once it is known, never changes."""
+            upto = len(order) if last is None else max(listed, order.index(last) + 1)
+            items = tuple(done[key] for key in order[:upto] if key in done)
             store.write_manifest(
                 directory, LatentsManifest(versions=versions(), model=made_with, inputs=inputs, items=items)
             )
 
         missing = [job for job in jobs if job.key not in whole]
-        adopted = [item for job in missing if not keep_trajectory and (item := _adopt(job, directory, dtype, notice))]
-        if adopted:
-            done |= {item.key: item for item in adopted}
-            whole |= {item.key for item in adopted}
-            publish_manifest()
+        steps_wanted = {job.key for job in jobs if keep_trajectory or job.key in kept}
+        adoptable = [job for job in missing if job.key not in steps_wanted]
+        adopted = [item for job in adoptable if (item := _adopt(job, directory, dtype, notice))]
+        done |= {item.key: item for item in adopted}
+        whole |= {item.key for item in adopted}
+        for key in whole:
+            _tidy(directory, done[key])
         todo = [job for job in missing if job.key not in whole]
+        if adopted:
+            publish_manifest(todo[0].key if todo else None)
         if len(todo) < len(jobs):
             notice(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are denoised already")
         if not todo:
@@ -154,18 +165,19 @@ def denoise(
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
-            checkpoints = Checkpoints(trajectories, keep_trajectory, interrupted)
-            results = _denoise_batch(
-                transformer,
-                schedule,
-                group,
-                prompts,
-                compute,
-                batch_guidance,
-                checkpoints,
-                partial(report, label),
-                partial(_say_resumed, notice, label),
-            )
+            keep = any(job.key in steps_wanted for job in group)
+            with deferring() as interrupted:
+                results = _denoise_batch(
+                    transformer,
+                    schedule,
+                    group,
+                    prompts,
+                    compute,
+                    batch_guidance,
+                    Checkpoints(trajectories, keep, interrupted),
+                    partial(report, label),
+                    partial(_say_resumed, notice, label),
+                )
             cost = watch.cost(pictures=len(group))
             for job, result, trajectory in zip(group, results, trajectories, strict=True):
                 if not np.isfinite(result).all():
@@ -173,17 +185,21 @@ def denoise(
                     failures.append(f"{job.item.prompt!r}, {noise_from}: the latents became NaN or infinite")
                     continue
                 content = arrays.pack(result)
+                before = done.get(job.key)
+                same = before is None or store.describe(before.directory, content) == before.files
+                if before and not same and store.is_whole(directory, before.files):  # only its steps were missing
+                    failures.append(f"{job.item.prompt!r} came out otherwise than before; it is kept as it was")
+                    continue
                 files = store.publish(directory, f"{job.key}.zarr", content)
-                item = _latents_item(job, files, (), cost, dtype)
-                cache.put(cache.LATENTS, item, content)
-                done[job.key] = replace(item, trajectory=trajectory.files()) if keep_trajectory else item
-            # after every batch, so that an interruption loses no finished picture; a batch stays together, because
-            # one of another size would round differently
-            publish_manifest()
-            if not keep_trajectory:
+                item = _latents_item(job, files, trajectory.files() if keep else (), cost, dtype)
+                done[job.key] = item
+                cache.put(cache.LATENTS, job.key, replace(item, trajectory=()), content)
+            publish_manifest(group[-1].key)  # after every batch: an interruption loses no finished picture
+            if not keep:
                 for trajectory in trajectories:
                     trajectory.remove()
-    cache.keep_to_limit()
+        publish_manifest()
+    cache.trim(cache_limit)
     return directory, failures
 
 
@@ -197,9 +213,7 @@ class Checkpoints:
 
     def resume(self) -> "tuple[int, list[np.ndarray]] | None":
         """The step to go on from and the latents [C, h, w] there."""
-        step = resume_step(self.trajectories, whole=self.keep)
-        latents = [trajectory.read(step) for trajectory in self.trajectories] if step else []
-        return (step, [each for each in latents if each is not None]) if step else None
+        return resume(self.trajectories, whole=self.keep)
 
     def after(self, step: int, last: bool, latents: "Callable[[], list[np.ndarray]]") -> None:
         """Called after every step (0: before the first). Raises KeyboardInterrupt once saved, if that is wanted."""
@@ -269,7 +283,7 @@ def _jobs(
             "noise": noise_sha256 or seed,
             "size": [own.width, own.height],
             "steps": own.steps,
-            "cfg": own.cfg if own.guided else 1.0,
+            "cfg": own.cfg,
             "transformer": checkpoint.fingerprint("transformer"),
             "scheduler": checkpoint.fingerprint("scheduler"),
             "dtype": dtype,
@@ -287,13 +301,16 @@ def _resolve(*layers: Settings) -> Resolved:
         return next(value for layer in layers if (value := getattr(layer, field)) is not None)
 
     settings = check_settings(Settings(**{field: first(field) for field in Settings.__struct_fields__}))
-    return Resolved(*msgspec.structs.astuple(settings))
+    resolved = Resolved(*msgspec.structs.astuple(settings))
+    return resolved if resolved.guided else resolved._replace(cfg=1.0)  # all guidance that is none is the same
 
 
 def _load_noise(path: Path, count: int) -> "list[mx.array]":
     """The rows of `noise` [items, C, h, w], float32, in the order of the manifest's prompts and their seeds."""
     import mlx.core as mx
 
+    if not path.is_file():
+        raise UserError(f"--noise {path}: not a readable safetensors file")
     try:
         tensors = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError, OSError) as error:
@@ -438,10 +455,19 @@ def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) ->
     return combined * mx.where(norm > 0, wanted / norm, 0)
 
 
+def _tidy(directory: Path, item: LatentsItem) -> None:
+    """Clears away what is no part of a whole item: a file browser's notes, and steps that a kill left unlisted."""
+    if store.strangers(directory, item):
+        store.publish(directory, item.directory, store.read_array(directory, item))
+    if not item.trajectory:
+        Trajectory(directory, item.key, item.num_inference_steps, item.shape).remove()
+
+
 def _adopt(job: Job, directory: Path, dtype: str, notice: Notice) -> LatentsItem | None:
     """A picture's latents from the cache, published in the run."""
     if cached := cache.find(cache.LATENTS, job.key, notice):
-        files = cache.adopt(cache.LATENTS, job.key, directory, f"{job.key}.zarr", notice)
+        check = partial(arrays.unpack, shape=job.shape)
+        files = cache.adopt(cache.LATENTS, job.key, directory, f"{job.key}.zarr", check, notice)
         if files:
             return _latents_item(job, files, (), cached.cost, dtype)
     return None

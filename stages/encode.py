@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def encode(
     weight is read. When everything is cached, no tensor library is imported.
     """
     watch = Stopwatch()
+    cache_limit = cache.limit()
     dtype = dtype or default_dtype()
     default_negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     negatives = [default_negative if p.negative_prompt is None else p.negative_prompt for p in prompts]
@@ -69,7 +71,8 @@ def encode(
 
     with store.run_directory(out) as run, store.writing(run / EmbeddingsManifest.kind) as directory:
         before = _read_before(directory, checkpoint)
-        held = {embedding.key: embedding for embedding in before.embeddings} if before else {}
+        listed = {each.key: each for each in before.embeddings} if before else {}
+        held = {key: each for key, each in listed.items() if store.is_whole(directory, (each.file,))}
         todo = [text for text, key in texts.items() if not _is_held(key, held, directory, notice)]
         if len(todo) < len(texts):
             notice(f"{len(texts) - len(todo)} of {len(texts)} texts are encoded already")
@@ -96,12 +99,12 @@ def encode(
             versions=versions(),
             model=checkpoint.model(*COMPONENTS),
             items=tuple(dict.fromkeys([*(before.items if before else ()), *items])),
-            embeddings=tuple(held.values()),
+            embeddings=tuple({**listed, **held}.values()),  # what is damaged stays listed, for `rerun` to repair
             cost=watch.cost(),
         )
         store.write_manifest(directory, manifest)
     if todo:
-        cache.keep_to_limit()
+        cache.trim(cache_limit)
     return run
 
 
@@ -134,19 +137,17 @@ def _check(prompt: Prompt, text: str, prompt_tokens: int, truncate: bool, checkp
 
 
 def _read_before(directory: Path, checkpoint: Checkpoint) -> EmbeddingsManifest | None:
-    """What the run holds already, less the embeddings that are not whole any more."""
     before = store.read_manifest_if_any(directory, EmbeddingsManifest)
-    if before is None:
-        return None
-    checkpoint.check_made_with(before.model, COMPONENTS, f"the embeddings already in {directory} were")
-    whole = [each for each in before.embeddings if store.is_whole(directory, (each.file,))]
-    return replace(before, embeddings=tuple(whole))
+    if before is not None:
+        checkpoint.check_made_with(before.model, COMPONENTS, f"the embeddings already in {directory} were")
+    return before
 
 
 def _is_held(key: str, held: dict[str, Embedding], directory: Path, notice: Notice) -> bool:
     """Whether a run holds an embedding, after looking for it in the cache."""
     if key not in held and (entry := cache.find(cache.EMBEDDINGS, key, notice)):
-        files = cache.adopt(cache.EMBEDDINGS, key, directory, f"{key}.safetensors", notice)
+        check = partial(store.check_embeddings, embedding=entry)
+        files = cache.adopt(cache.EMBEDDINGS, key, directory, f"{key}.safetensors", check, notice)
         if files:
             held[key] = replace(entry, file=files[0])
     return key in held
@@ -193,7 +194,7 @@ def _embed(
         embeddings[key] = Embedding(
             key=key, tokens=tokens, prompt_tokens=each.prompt_tokens, dim=dim, dtype=dtype, file=file
         )
-        cache.put(cache.EMBEDDINGS, embeddings[key], content)
+        cache.put(cache.EMBEDDINGS, key, embeddings[key], content)
         report("encode", len(embeddings), len(todo))
     return embeddings
 

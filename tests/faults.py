@@ -38,7 +38,6 @@ import stages.models.vae  # noqa: F401
 from artifacts_schema import cache, disk, store
 from artifacts_schema.errors import UserError
 from orchestrator import cli
-from orchestrator.inspect import files as files_of
 
 KILL = "kill"
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
@@ -226,12 +225,26 @@ def scenarios(model: Path) -> dict[str, Scenario]:
         "encode, cached": Scenario(encode, [[*encode[:2], "--out=other", encode[3]]]),
         "denoise": Scenario(denoise, [encode]),
         "denoise, steps kept": Scenario([*denoise, "--steps=1", "--keep-trajectory"], [encode]),
+        "denoise, resumed": Scenario(
+            denoise, [encode, [*denoise, "--keep-trajectory"]], lambda directory: interrupt(directory)
+        ),
         "denoise, cached": Scenario(denoise, elsewhere, lambda directory: shutil.rmtree(directory / "run/latents")),
         "decode": Scenario(decode, [encode, denoise]),
         "decode, cached": Scenario(decode, elsewhere, lambda directory: shutil.rmtree(directory / "run/images")),
         "cache verify": Scenario(["cache", "verify"], elsewhere, damage_cache),
         "cache trim": Scenario(["cache", "trim", "--max-size=6KB"], elsewhere),
     }
+
+
+def interrupt(directory: Path) -> None:
+    """As if it had been killed after the first picture's first step."""
+    for path in (*directory.glob("run/latents/manifest*"), *directory.glob("cache/latents")):
+        disk.remove(path)
+    for path in directory.glob("run/latents/*.zarr"):
+        if not path.name.endswith(".trajectory.zarr"):
+            disk.remove(path)
+        for step in path.glob("c/[02]"):
+            disk.remove(step)
 
 
 def damage_cache(directory: Path) -> None:
@@ -276,12 +289,21 @@ def survey(scenario: Scenario, faults: Callable[[int], tuple[str, ...]], work: P
             wrong += [f"made twice: {name}" for name, written in before.items() if after.get(name) != written]
             if scenario.command[0] != "cache" and pictures_and_tensors(directory) != expected:
                 wrong.append("other results than undisturbed")
-            wrong += [f"left over: {path}" for path in directory.rglob(f"run/**/{disk.TEMPORARY}*")]
+            wrong += [f"left over: {path}" for path in leftovers(directory)]
             if wrong:
                 lost += [f"{fault} at {at} ({operations[at - 1]}): {line}" for line in wrong]
             else:
                 survived += 1
     return Survey(len(operations), count, survived, lost)
+
+
+def leftovers(directory: Path) -> Iterator[Path]:
+    """What is in the run and no manifest lists."""
+    listed = {directory / "run" / name for name in published(directory)}
+    known = {store.MANIFEST, store.BACKUP, ".lock"}
+    for path in (directory / "run").rglob("*"):
+        if path.is_file() and path not in listed and path.name not in known:
+            yield path
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -313,7 +335,7 @@ def not_whole(directory: Path, scenario: Scenario) -> Iterator[str]:
         if (artifact / store.MANIFEST).exists():
             try:
                 manifest, _ = store.read_manifest(artifact, kind)
-                store.verify(artifact, tuple(files_of(manifest)))
+                store.verify(artifact, tuple(store.listed_files(manifest)))
             except UserError as error:
                 yield str(error)
     if scenario.damage is not damage_cache:
@@ -331,7 +353,7 @@ def published(directory: Path) -> dict[str, tuple[int, int]]:
         artifact = directory / "run" / kind.kind
         with suppress(UserError, FileNotFoundError):  # `not_whole` says so
             manifest, _ = store.read_manifest(artifact, kind)
-            for file in files_of(manifest):
+            for file in store.listed_files(manifest):
                 info = (artifact / file.path).stat()
                 found[f"{kind.kind}/{file.path}"] = info.st_ino, info.st_mtime_ns
     return found

@@ -1,6 +1,8 @@
 """The embedding cache: hit, miss, mixed, damaged, shared, trimmed; by real commands."""
 
+import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -8,12 +10,13 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from artifacts_schema import cache, store
+from artifacts_schema import arrays, cache, keys, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import EmbeddingsManifest
+from artifacts_schema.manifests import Embedding, EmbeddingsManifest, File
 
 
 def write(path: Path, *prompts: str) -> Path:
@@ -119,10 +122,10 @@ def test_a_damaged_entry_is_made_again(qwen_stage, tmp_path, small_model, own_ca
         data.with_suffix(".json").write_bytes(other.with_suffix(".json").read_bytes())
     result = qwen_stage("encode", "p.txt", "--out=two", f"--model={small_model}")
     assert result.code == 0, result.err
-    assert "set a damaged cache entry aside" in result.err
+    assert "set aside a damaged cache entry" in result.err
     assert embeddings(tmp_path / "two") == embeddings(tmp_path / "one")
     assert list((own_cache / "damaged").iterdir())
-    assert "set a damaged" not in qwen_stage("encode", "p.txt", "--out=three", f"--model={small_model}").err
+    assert "set aside a damaged" not in qwen_stage("encode", "p.txt", "--out=three", f"--model={small_model}").err
 
 
 def test_ten_encodes_on_a_cold_cache_encode_each_prompt_once(tmp_path, small_model, own_cache):
@@ -194,12 +197,122 @@ def test_show_verify_and_trim(qwen_stage, tmp_path, small_model, own_cache):
     assert qwen_stage("cache", "trim", "--max-size=lots").code == 2
 
 
+def plant(cache_root: Path, kind: str, key: str, files: dict[str, bytes], item: object) -> None:
+    """An entry as somebody else who may write to the cache could make it: whole by its own account."""
+    shelf = cache_root / kind / key[:2]
+    shelf.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        target = shelf / name
+        if not target.is_absolute() or shelf in target.parents:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+    listed = tuple(File(path=name, size=len(data), sha256=keys.sha256(data)) for name, data in files.items())
+    entry = cache.CacheRecord(key=key, item=item, files=listed)
+    (shelf / f"{key[2:]}.json").write_bytes(store.seal(entry, cache.CacheRecord[type(item)]))
+
+
+@pytest.mark.parametrize("name", ["{data}/{outside}", "{data}/../../x", "{data}/./", "{data}/a", "other"])
+def test_an_entry_never_reaches_beyond_its_place(qwen_stage, tmp_path, small_model, own_cache, name):
+    write(tmp_path / "p.txt", "a")
+    qwen_stage("encode", "p.txt", "--out=one", f"--model={small_model}")
+    manifest, _ = store.read_manifest(tmp_path / "one/embeddings", EmbeddingsManifest)
+    before = embeddings(tmp_path / "one")
+    for each in manifest.embeddings:
+        data = f"{each.key[2:]}.safetensors"
+        (own_cache / "embeddings" / each.key[:2] / data).unlink()
+        place = name.format(data=data, outside=tmp_path / "outside")
+        listed = File(path=place, size=3, sha256=keys.sha256(b"bad"))
+        entry = cache.CacheRecord(key=each.key, item=each, files=(listed,))
+        record = own_cache / "embeddings" / each.key[:2] / f"{each.key[2:]}.json"
+        record.write_bytes(store.seal(entry, cache.CacheRecord[Embedding]))
+    result = qwen_stage("encode", "p.txt", "--out=two", f"--model={small_model}")
+    assert result.code == 0, result.err
+    assert "the record lists other files than an entry has" in result.err
+    assert not (tmp_path / "outside").exists()
+    assert embeddings(tmp_path / "two") == before
+
+
+def test_an_entry_that_is_whole_but_wrong_is_set_aside(qwen_stage, tmp_path, small_model, own_cache):
+    """Latents of another shape under a picture's key, embeddings that are none, a picture that is none."""
+    write(tmp_path / "p.txt", "a")
+    commands = (
+        ["encode", "p.txt", "--out={run}", f"--model={small_model}"],
+        ["denoise", "--embeddings={run}", "--size=32x48", "--steps=2"],
+        ["decode", "{run}"],
+    )
+    for command in commands:
+        assert qwen_stage(*(part.format(run="one") for part in command)).code == 0
+    wrong = {
+        "embeddings": lambda key: {f"{key[2:]}.safetensors": b"none"},
+        "latents": lambda key: {
+            f"{key[2:]}.zarr/{name}": data for name, data in arrays.pack(np.ones((16, 2, 2), np.float32)).items()
+        },
+        "images": lambda key: {f"{key[2:]}.png": b"GIF"},
+    }
+    for entry in cache.entries():
+        item = cache.find(entry.kind, entry.key, print)
+        plant(own_cache, entry.kind.name, entry.key, wrong[entry.kind.name](entry.key), item)
+    for command in commands:
+        result = qwen_stage(*(part.format(run="two") for part in command))
+        assert result.code == 0, result.err
+        assert "set aside a damaged cache entry" in result.err
+    for pattern in ("embeddings/*.safetensors", "latents/*.zarr/c/0/0/0", "images/*.png"):
+        one, two = ([path.read_bytes() for path in sorted((tmp_path / run).glob(pattern))] for run in ("one", "two"))
+        assert one == two
+
+
+def test_trimming_leaves_alone_what_is_not_ours(qwen_stage, tmp_path, small_model, own_cache):
+    """Even when the cache is somebody's home, or a link leads out of it."""
+    long_ago = (time.time() - 10 * 24 * 3600,) * 2
+    (tmp_path / "victim").mkdir()
+    (own_cache / "embeddings").mkdir()
+    (own_cache / "embeddings/zz").symlink_to(tmp_path / "victim")
+    (own_cache / "embeddings/ab").symlink_to(tmp_path / "victim")
+    (own_cache / "damaged").symlink_to(tmp_path / "victim")
+    others = [tmp_path / "victim/thesis.txt", own_cache / "src/go/main.go", own_cache / "embeddings/cd/notes.txt"]
+    others.append(tmp_path / "victim" / f"{'0' * 30}.safetensors")
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("dear to me")
+        os.utime(path, long_ago)
+    orphan = own_cache / "embeddings/cd" / f"{'0' * 30}.safetensors"
+    orphan.write_text("data without a record")
+    os.utime(orphan, long_ago)
+    write(tmp_path / "p.txt", "a")
+    assert qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}").code == 0
+    assert qwen_stage("cache", "trim", "--max-size=0").code == 0
+    assert all(path.exists() for path in others)
+    assert not orphan.exists()
+
+
+def test_a_bad_limit_is_said_before_the_work(qwen_stage, tmp_path, small_model, monkeypatch):
+    write(tmp_path / "p.txt", "a")
+    monkeypatch.setenv("QWEN_STAGE_CACHE_SIZE", "lots")
+    result = qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    assert result.code == 2
+    assert "QWEN_STAGE_CACHE_SIZE: 'lots' is not a size" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shared_picture_says_what_this_run_asked_for(qwen_stage, tmp_path, small_model):
+    """The same pixels by a model of another name: its recipe is not taken over."""
+    model = tmp_path / "another-name"
+    shutil.copytree(small_model, model)
+    write(tmp_path / "p.txt", "a")
+    for run, checkpoint, cfg in (("one", model, "0.5"), ("two", small_model, "1")):
+        qwen_stage("encode", "p.txt", f"--out={run}", f"--model={checkpoint}")
+        qwen_stage("denoise", f"--embeddings={run}", "--size=32x48", "--steps=1", f"--cfg={cfg}")
+        (path,) = qwen_stage("decode", run).out
+        recipe = json.loads(qwen_stage("inspect", path, "--json").out[0])
+        assert (recipe["model"], recipe["true_cfg_scale"]) == (checkpoint.name, 1.0)
+
+
 @pytest.mark.parametrize(("text", "size"), [("0", 0), ("20GB", 20 * 10**9), ("1.5 mb", 1_500_000), ("7k", 7000)])
 def test_sizes(text, size):
     assert cache.parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "inf"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "inf", "9" * 400])
 def test_bad_sizes(text):
     with pytest.raises(UserError, match="not a size"):
         cache.parse_bytes(text)

@@ -21,6 +21,7 @@ COMMANDS = [
     "encode, cached",
     "denoise",
     "denoise, steps kept",
+    "denoise, resumed",
     "denoise, cached",
     "decode",
     "decode, cached",

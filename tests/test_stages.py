@@ -427,13 +427,14 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(qwen_stage, tmp_path, small_mo
     for run in ("whole", "damaged"):
         qwen_stage("encode", "p.txt", f"--out={run}", f"--model={small_model}")
         assert qwen_stage("denoise", f"--embeddings={run}", *denoise).code == 0
-    (tmp_path / "damaged/latents/manifest.json").unlink()
+    for name in (store.MANIFEST, store.BACKUP):
+        (tmp_path / "damaged/latents" / name).unlink()
     chunk = next((tmp_path / "damaged").glob("latents/*.trajectory.zarr/c/2/0/0/0"))
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
     assert qwen_stage("denoise", "--embeddings=damaged", *denoise).code == 0
     whole, again = (store.read_manifest(tmp_path / run / "latents", LatentsManifest)[0] for run in ("whole", "damaged"))
     assert [file.sha256 for file in again.items[0].trajectory] == [file.sha256 for file in whole.items[0].trajectory]
-    assert len(whole.items[0].trajectory) == 6  # five steps and the array's own description
+    assert len(whole.items[0].trajectory) == 7  # five steps, the array's own description, and the steps' hashes
 
 
 def test_the_parent_of_a_run_never_imports_mlx(tmp_path, small_model):

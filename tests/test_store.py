@@ -15,6 +15,7 @@ import safetensors.numpy
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from artifacts_schema import arrays, keys, store
 from artifacts_schema.errors import UserError
@@ -185,7 +186,7 @@ def test_arrays_that_we_would_not_write(published, change):
         "another shape": {"shape": (16, 4, 16)},
         "a huge shape": {"shape": (10**6, 10**6, 10**6)},
     }[change]
-    with pytest.raises(UserError, match=r"not an array|another shape"):
+    with pytest.raises(UserError, match="not an array"):
         store.read_latents(directory, msgspec.structs.replace(item, **changed))
 
 
@@ -414,7 +415,7 @@ def test_embeddings_that_are_not_what_their_manifest_says(tmp_path, data):
     embedding = Embedding(
         key="a" * 32, tokens=3, prompt_tokens=3, dim=4, dtype="float32", file=store.publish(tmp_path, "x", data)[0]
     )
-    with pytest.raises(UserError, match=r"cannot be read|does not hold what its manifest says"):
+    with pytest.raises(UserError, match=r"is no safetensors file|does not hold what its manifest says"):
         store.read_embeddings(tmp_path, embedding)
 
 
@@ -426,11 +427,35 @@ def test_a_manifest_whose_checksum_was_taken_out(published):
         store.read_manifest(directory, LatentsManifest)
 
 
+def listed_item(latents: np.ndarray, key: str = "a" * 32) -> LatentsItem:
+    """An item of files that were never written."""
+    sizes = {"c/0/0/0": arrays.chunk_bytes(latents.shape), "zarr.json": 3}
+    files = tuple(File(path=f"{key}.zarr/{name}", size=size, sha256=SHA) for name, size in sizes.items())
+    return latents_item(latents, files, key)
+
+
+@pytest.mark.parametrize("path", ["a" * 32 + ".zarr/c/0/0/1", "x", "a" * 32 + ".zarr//etc/passwd", "../x"])
+def test_files_that_no_manifest_of_ours_lists(tmp_path, path):
+    """Refused before any is opened: the same file a thousand times would be read a thousand times."""
+    item = listed_item(np.zeros((16, 8, 8)))
+    more = File(path=path, size=1, sha256=SHA)
+    for files in ((*item.files, more), (item.files[0], more), (*item.files, item.files[0])):
+        store.write_manifest(tmp_path, LatentsManifest(versions={}, model=MODEL, items=(replace(item, files=files),)))
+        with pytest.raises(UserError, match=r"lists .* which qwen-stage would not; do not trust it"):
+            store.read_manifest(tmp_path, LatentsManifest)
+    trajectory = tuple(replace(more, path=f"{item.key}.trajectory.zarr/c/0") for _ in range(2))
+    store.write_manifest(
+        tmp_path, LatentsManifest(versions={}, model=MODEL, items=(replace(item, trajectory=trajectory),))
+    )
+    with pytest.raises(UserError, match="lists a file twice"):
+        store.read_manifest(tmp_path, LatentsManifest)
+
+
 @given(data=st.data())
 def test_whatever_is_done_to_a_manifest_it_is_refused_or_the_same(data):
     """Bytes put in, taken out, changed or swapped around: never another exception, never another content."""
     latents = np.zeros((16, 8, 8), np.float32)
-    item = latents_item(latents, (File(path="a/b", size=3, sha256=SHA),))
+    item = listed_item(latents)
     manifest = LatentsManifest(versions={"é": '"checksum": "'}, model=MODEL, items=(item,))
     whole = store.seal(manifest, LatentsManifest)
     start = data.draw(st.integers(0, len(whole)))
@@ -460,8 +485,11 @@ fingerprints = st.dictionaries(names, st.text("0123456789abcdef", min_size=64, m
 )
 def test_any_manifest_survives_being_written_and_read(prompts, versions, fingerprints, seconds, seed):
     cost = Cost(seconds=seconds, process_peak=1, mlx_peak=0)
-    base = latents_item(np.zeros((16, 8, 8)), (File(path="a/b", size=3, sha256=SHA),))
-    items = tuple(msgspec.structs.replace(base, prompt=prompt, seed=seed, cost=cost) for prompt in prompts)
+    bases = (listed_item(np.zeros((16, 8, 8)), f"{number:032x}") for number in range(len(prompts)))
+    items = tuple(
+        msgspec.structs.replace(base, prompt=prompt, seed=seed, cost=cost)
+        for base, prompt in zip(bases, prompts, strict=True)
+    )
     manifest = LatentsManifest(versions=versions, model=Model(name="m", fingerprints=fingerprints), items=items)
     with tempfile.TemporaryDirectory() as directory:
         store.write_manifest(Path(directory), manifest)
