@@ -306,6 +306,16 @@ def _inspect(args: argparse.Namespace) -> int:
     return EXIT_BAD_INPUT if wrong else EXIT_DONE
 
 
+def _gallery(args: argparse.Namespace) -> int:
+    from orchestrator import gallery
+    from orchestrator.progress import Bar
+
+    if args.sheet:
+        gallery.sheet(args.run, args.sheet, Bar())
+    print(args.sheet or gallery.write(args.run, Bar()))
+    return EXIT_DONE
+
+
 def _cache_show(args: argparse.Namespace) -> int:
     from artifacts_schema import cache
 
@@ -511,6 +521,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="one line of JSON for each artifact")
     inspect.add_argument("--verify", action="store_true", help="read every file and compare it with its manifest")
     inspect.set_defaults(command=_inspect, debug=False)
+
+    gallery = commands.add_parser("gallery", help="a page of a run's pictures, to look at in a browser")
+    gallery.add_argument("run", type=_path, metavar="RUN", help="a run or its images/")
+    gallery.add_argument("--sheet", type=_path, metavar="PNG", help="instead, all of them in one picture")
+    gallery.set_defaults(command=_gallery, debug=False)
 
     cache = commands.add_parser("cache", help="the results that all runs share")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
