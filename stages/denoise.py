@@ -22,6 +22,7 @@ from artifacts_schema.manifests import (
     File,
     LatentsItem,
     LatentsManifest,
+    Model,
     PromptItem,
     Settings,
 )
@@ -94,8 +95,6 @@ def denoise(
     KeyboardInterrupt raised.
     Returns the latents directory and what failed, a line each.
     """
-    import numpy as np
-
     from stages.models.transformer import TransformerConfig
 
     cache_limit = cache.limit()
@@ -118,41 +117,11 @@ def denoise(
         notice("negative prompts are not used where cfg is 1 or less")
 
     with store.writing((out or store.run_of(source)) / LatentsManifest.kind) as directory:
-        latents = store.read_manifest_if_any(directory, LatentsManifest)
-        if latents is None:
-            latents = LatentsManifest(versions=versions(), model=made_with, items=())
-        checkpoint.check_made_with(latents.model, ("transformer",), f"the latents already in {directory} were")
-        done = {item.key: item for item in latents.items}
-        whole = {
-            key
-            for key, item in done.items()
-            if store.is_whole(directory, (*item.files, *item.trajectory)) and (item.trajectory or not keep_trajectory)
-        }
-        kept = {key for key, item in done.items() if item.trajectory}
-        inputs = tuple(dict.fromkeys((*latents.inputs, manifest_id)))
-
-        order = list(dict.fromkeys([*done, *(job.key for job in jobs)]))
-        listed = len(done)
-
-        def publish_manifest(last: str | None = None) -> None:
-            """Lists what there is, up to a job: a picture's place, once it is known, never changes."""
-            upto = len(order) if last is None else max(listed, order.index(last) + 1)
-            items = tuple(done[key] for key in order[:upto] if key in done)
-            store.write_manifest(
-                directory, LatentsManifest(versions=versions(), model=made_with, inputs=inputs, items=items)
-            )
-
-        missing = [job for job in jobs if job.key not in whole]
-        steps_wanted = {job.key for job in jobs if keep_trajectory or job.key in kept}
-        adoptable = [job for job in missing if job.key not in steps_wanted]
-        adopted = [item for job in adoptable if (item := _adopt(job, directory, dtype, notice))]
-        done |= {item.key: item for item in adopted}
-        whole |= {item.key for item in adopted}
-        for key in whole:
-            _tidy(directory, done[key])
-        todo = [job for job in missing if job.key not in whole]
-        if adopted:
-            publish_manifest(todo[0].key if todo else None)
+        before = store.read_manifest_if_any(directory, LatentsManifest)
+        if before:
+            checkpoint.check_made_with(before.model, ("transformer",), f"the latents already in {directory} were")
+        latents = Latents(directory, before, made_with, manifest_id, jobs, dtype, keep_trajectory)
+        todo = latents.todo(notice)
         if len(todo) < len(jobs):
             notice(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are denoised already")
         if not todo:
@@ -165,7 +134,7 @@ def denoise(
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
-            keep = any(job.key in steps_wanted for job in group)
+            keep = any(job.key in latents.with_steps for job in group)
             with deferring() as interrupted:
                 results = _denoise_batch(
                     transformer,
@@ -180,27 +149,98 @@ def denoise(
                 )
             cost = watch.cost(pictures=len(group))
             for job, result, trajectory in zip(group, results, trajectories, strict=True):
-                if not np.isfinite(result).all():
-                    noise_from = "injected noise" if job.seed is None else f"seed {job.seed}"
-                    failures.append(f"{job.item.prompt!r}, {noise_from}: the latents became NaN or infinite")
-                    continue
-                content = arrays.pack(result)
-                before = done.get(job.key)
-                same = before is None or store.describe(before.directory, content) == before.files
-                if before and not same and store.is_whole(directory, before.files):  # only its steps were missing
-                    failures.append(f"{job.item.prompt!r} came out otherwise than before; it is kept as it was")
-                    continue
-                files = store.publish(directory, f"{job.key}.zarr", content)
-                item = _latents_item(job, files, trajectory.files() if keep else (), cost, dtype)
-                done[job.key] = item
-                cache.put(cache.LATENTS, job.key, replace(item, trajectory=()), content)
-            publish_manifest(group[-1].key)  # after every batch: an interruption loses no finished picture
+                if problem := latents.add(job, result, trajectory if keep else None, cost):
+                    failures.append(problem)
+            latents.publish(group[-1].key)  # after every batch: an interruption loses no finished picture
             if not keep:
                 for trajectory in trajectories:
                     trajectory.remove()
-        publish_manifest()
+        latents.publish()
     cache.trim(cache_limit)
     return directory, failures
+
+
+class Latents:
+    """What a run's latents directory lists, and what is added to it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        before: LatentsManifest | None,
+        made_with: Model,
+        made_from: str,
+        jobs: list[Job],
+        dtype: str,
+        keep_trajectory: bool,
+    ) -> None:
+        self.directory, self.made_with, self.jobs, self.dtype = directory, made_with, jobs, dtype
+        self.inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), made_from)))
+        self.items = {item.key: item for item in before.items} if before else {}
+        self.listed = len(self.items)
+        self.order = list(dict.fromkeys([*self.items, *(job.key for job in jobs)]))
+        kept = {key for key, item in self.items.items() if item.trajectory}
+        self.with_steps = {job.key for job in jobs if keep_trajectory or job.key in kept}
+
+    def todo(self, notice: Notice) -> list[Job]:
+        """The jobs whose pictures are neither here, whole, nor in the cache. What the cache has is here afterwards."""
+        whole = {key for key, item in self.items.items() if self._is_whole(item)}
+        missing = [job for job in self.jobs if job.key not in whole]
+        adoptable = [job for job in missing if job.key not in self.with_steps]
+        adopted = [item for job in adoptable if (item := self._adopt(job, notice))]
+        self.items |= {item.key: item for item in adopted}
+        whole |= {item.key for item in adopted}
+        for key in whole:
+            self._tidy(self.items[key])
+        todo = [job for job in missing if job.key not in whole]
+        if adopted:
+            self.publish(todo[0].key if todo else None)
+        return todo
+
+    def add(self, job: Job, latents: "np.ndarray", trajectory: Trajectory | None, cost: Cost) -> str | None:
+        """Publishes a picture's latents [C, h, w], with its steps if they are kept. Returns why not, if not."""
+        import numpy as np
+
+        if not np.isfinite(latents).all():
+            noise_from = "injected noise" if job.seed is None else f"seed {job.seed}"
+            return f"{job.item.prompt!r}, {noise_from}: the latents became NaN or infinite"
+        content = arrays.pack(latents)
+        before = self.items.get(job.key)
+        same = before is None or store.describe(before.directory, content) == before.files
+        if before and not same and store.is_whole(self.directory, before.files):  # only its steps were missing
+            return f"{job.item.prompt!r} came out otherwise than before; it is kept as it was"
+        files = store.publish(self.directory, f"{job.key}.zarr", content)
+        item = _latents_item(job, files, trajectory.files() if trajectory else (), cost, self.dtype)
+        self.items[job.key] = item
+        cache.put(cache.LATENTS, job.key, replace(item, trajectory=()), content)
+        return None
+
+    def publish(self, last: str | None = None) -> None:
+        """Lists what there is, up to a job: a picture's place, once it is known, never changes."""
+        upto = len(self.order) if last is None else max(self.listed, self.order.index(last) + 1)
+        items = tuple(self.items[key] for key in self.order[:upto] if key in self.items)
+        manifest = LatentsManifest(versions=versions(), model=self.made_with, inputs=self.inputs, items=items)
+        store.write_manifest(self.directory, manifest)
+
+    def _is_whole(self, item: LatentsItem) -> bool:
+        if item.key in self.with_steps and not item.trajectory:
+            return False
+        return store.is_whole(self.directory, (*item.files, *item.trajectory))
+
+    def _adopt(self, job: Job, notice: Notice) -> LatentsItem | None:
+        """A picture's latents from the cache, published in the run."""
+        if cached := cache.find(cache.LATENTS, job.key, notice):
+            check = partial(arrays.unpack, shape=job.shape)
+            files = cache.adopt(cache.LATENTS, job.key, self.directory, f"{job.key}.zarr", check, notice)
+            if files:
+                return _latents_item(job, files, (), cached.cost, self.dtype)
+        return None
+
+    def _tidy(self, item: LatentsItem) -> None:
+        """Clears away what is no part of a whole item: a file browser's notes, and steps that a kill left unlisted."""
+        if store.strangers(self.directory, item):
+            store.publish(self.directory, item.directory, store.read_array(self.directory, item))
+        if not item.trajectory:
+            Trajectory(self.directory, item.key, item.num_inference_steps, item.shape).remove()
 
 
 class Checkpoints:
@@ -453,24 +493,6 @@ def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) ->
     combined = negative + true_cfg_scale * (positive - negative)
     norm, wanted = (mx.linalg.norm(x, axis=-1, keepdims=True) for x in (combined, positive))
     return combined * mx.where(norm > 0, wanted / norm, 0)
-
-
-def _tidy(directory: Path, item: LatentsItem) -> None:
-    """Clears away what is no part of a whole item: a file browser's notes, and steps that a kill left unlisted."""
-    if store.strangers(directory, item):
-        store.publish(directory, item.directory, store.read_array(directory, item))
-    if not item.trajectory:
-        Trajectory(directory, item.key, item.num_inference_steps, item.shape).remove()
-
-
-def _adopt(job: Job, directory: Path, dtype: str, notice: Notice) -> LatentsItem | None:
-    """A picture's latents from the cache, published in the run."""
-    if cached := cache.find(cache.LATENTS, job.key, notice):
-        check = partial(arrays.unpack, shape=job.shape)
-        files = cache.adopt(cache.LATENTS, job.key, directory, f"{job.key}.zarr", check, notice)
-        if files:
-            return _latents_item(job, files, (), cached.cost, dtype)
-    return None
 
 
 def _latents_item(
