@@ -59,77 +59,107 @@ def decode(
         raise UserError(f"{source} holds no latents {min(unknown)!r}; `qwen-stage inspect --json` lists their keys")
 
     with store.writing((out or store.run_of(source)) / ImagesManifest.kind) as directory:
-        before = store.read_manifest_if_any(directory, ImagesManifest)
-        done = {item.key: item for item in before.items} if before else {}
-        inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), manifest_id)))
-        wanted = {_key(item, checkpoint, dtype): item for item in manifest.items if items is None or item.key in items}
-        whole = {key for key, item in done.items() if store.is_whole(directory, (item.file,))}
-        numbers = {item.key: number for number, item in enumerate(manifest.items, 1)}
-
-        def add(key: str, file: File, cost: Cost) -> None:
-            item = wanted[key]
-            done[key] = ImageItem(
-                key=key,
-                latents_key=item.key,
-                prompt=item.prompt,
-                seed=item.seed,
-                dtype=dtype,
-                file=file,
-                cost=cost,
-            )
-            whole.add(key)
-
-        def name_of(key: str) -> str:
-            if key in done:
-                return Path(done[key].file.path).name
-            taken = {Path(item.file.path).name for item in done.values()}
-            return next(name for name in _file_names(wanted[key], numbers[wanted[key].key]) if name not in taken)
-
-        def publish_manifest() -> None:
-            images = ImagesManifest(
-                versions=versions(), model=checkpoint.model("vae"), inputs=inputs, items=tuple(done.values())
-            )
-            store.write_manifest(directory, images)
-
-        adopted = 0
-        for key in [key for key in wanted if key not in whole]:
-            shared_key = _shared_key(key, _recipe(wanted[key], manifest.model, dtype))
-            if cached := cache.find(cache.IMAGES, shared_key, notice):
-                files = cache.adopt(cache.IMAGES, shared_key, directory, name_of(key), _check_png, notice)
-                if files:
-                    add(key, files[0], cached.cost)
-                    adopted += 1
-        if adopted:
-            publish_manifest()
-        if already := len(whole & wanted.keys()):
-            notice(f"{already} of {len(wanted)} pictures are decoded already")
-
+        images = Images(directory, manifest, manifest_id, items, checkpoint, dtype)
+        images.adopt(notice)
+        if already := len(images.whole & images.wanted.keys()):
+            notice(f"{already} of {len(images.wanted)} pictures are decoded already")
         todo, failures = [], []
-        for key, item in wanted.items():
-            if key not in whole:
-                try:  # all are read before the first is decoded: damage is found before the work
-                    store.read_latents(source, item)
-                    todo.append(key)
-                except UserError as error:
-                    failures.append(str(error))
-        if failures and len(failures) == len(wanted):
+        for key in images.missing():
+            try:  # all are read before the first is decoded: damage is found before the work
+                store.read_latents(source, images.wanted[key])
+                todo.append(key)
+            except UserError as error:
+                failures.append(str(error))
+        if failures and len(failures) == len(images.wanted):
             raise UserError(failures[0])
         if todo:
             report("decode", 0, len(todo))
             vae = _load_vae(checkpoint, dtype)
         for number, key in enumerate(todo, 1):
             watch = Stopwatch()
-            item = wanted[key]
-            recipe = _recipe(item, manifest.model, dtype)
-            png = _png(_pixels(vae, store.read_latents(source, item)), recipe)
-            (file,) = store.publish(directory, name_of(key), png)
-            add(key, file, watch.cost())
-            cache.put(cache.IMAGES, _shared_key(key, recipe), done[key], png)
-            publish_manifest()  # after every picture, so that an interruption loses none
+            pixels = _pixels(vae, store.read_latents(source, images.wanted[key]))
+            images.add(key, _png(pixels, images.recipe(key)), watch)
+            images.publish()  # after every picture, so that an interruption loses none
             report("decode", number, len(todo))
     if todo:
         cache.trim(cache_limit)
-    return [directory / done[key].file.path for key in wanted if key in whole], failures
+    return images.paths(), failures
+
+
+class Images:
+    """What a run's images directory lists, what is wanted of it, and what is added to it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        latents: LatentsManifest,
+        latents_id: str,
+        chosen: frozenset[str] | None,
+        checkpoint: Checkpoint,
+        dtype: str,
+    ) -> None:
+        before = store.read_manifest_if_any(directory, ImagesManifest)
+        self.directory, self.made_with, self.dtype = directory, checkpoint.model("vae"), dtype
+        self.latents_made_with = latents.model
+        self.inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), latents_id)))
+        self.items = {item.key: item for item in before.items} if before else {}
+        self.whole = {key for key, item in self.items.items() if store.is_whole(directory, (item.file,))}
+        self.numbers = {item.key: number for number, item in enumerate(latents.items, 1)}
+        wanted = [item for item in latents.items if chosen is None or item.key in chosen]
+        self.wanted = {_key(item, checkpoint, dtype): item for item in wanted}
+
+    def missing(self) -> list[str]:
+        return [key for key in self.wanted if key not in self.whole]
+
+    def paths(self) -> list[Path]:
+        """The pictures that were wanted and are there."""
+        return [self.directory / self.items[key].file.path for key in self.wanted if key in self.whole]
+
+    def recipe(self, key: str) -> Recipe:
+        return _recipe(self.wanted[key], self.latents_made_with, self.dtype)
+
+    def adopt(self, notice: Notice) -> None:
+        """Takes from the cache what is missing here."""
+        before = len(self.whole)
+        for key in self.missing():
+            shared_key = _shared_key(key, self.recipe(key))
+            if cached := cache.find(cache.IMAGES, shared_key, notice):
+                files = cache.adopt(cache.IMAGES, shared_key, self.directory, self._name(key), _check_png, notice)
+                if files:
+                    self._list(key, files[0], cached.cost)
+        if len(self.whole) > before:
+            self.publish()
+
+    def add(self, key: str, png: bytes, watch: Stopwatch) -> None:
+        (file,) = store.publish(self.directory, self._name(key), png)
+        self._list(key, file, watch.cost())
+        cache.put(cache.IMAGES, _shared_key(key, self.recipe(key)), self.items[key], png)
+
+    def publish(self) -> None:
+        items = tuple(self.items.values())
+        manifest = ImagesManifest(versions=versions(), model=self.made_with, inputs=self.inputs, items=items)
+        store.write_manifest(self.directory, manifest)
+
+    def _list(self, key: str, file: File, cost: Cost) -> None:
+        item = self.wanted[key]
+        self.items[key] = ImageItem(
+            key=key,
+            latents_key=item.key,
+            prompt=item.prompt,
+            seed=item.seed,
+            dtype=self.dtype,
+            file=file,
+            cost=cost,
+        )
+        self.whole.add(key)
+
+    def _name(self, key: str) -> str:
+        """The name that a picture has, or the next that is free."""
+        if key in self.items:
+            return Path(self.items[key].file.path).name
+        taken = {item.file.path for item in self.items.values()}
+        item = self.wanted[key]
+        return next(name for name in _file_names(item, self.numbers[item.key]) if name not in taken)
 
 
 def _key(item: LatentsItem, checkpoint: Checkpoint, dtype: str) -> str:
