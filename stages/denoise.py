@@ -89,11 +89,10 @@ def denoise(
     """Denoises every prompt and seed of an embeddings artifact, or just what is `wanted`, that is not there yet.
 
     `overrides` come before the prompts' own settings, those before the checkpoint's defaults; what is `wanted` says
-    all of that itself. Finished pictures are
-    published one batch at a time and never lost; an unfinished one goes on from its last checkpoint and ends as if it
-    had never stopped. Within `deferring()`, when what that yields turns true, the step is finished and saved, then
-    KeyboardInterrupt raised.
-    Returns the latents directory and what failed, a line each.
+    all of that itself. Finished pictures are published one batch at a time and never lost; an unfinished one goes on
+    from its last checkpoint and ends as if it had never stopped. Within `deferring()`, when what that yields turns
+    true, the step is finished and saved, then KeyboardInterrupt raised. Returns the latents directory and what failed,
+    a line each.
     """
     from stages.models.transformer import TransformerConfig
 
