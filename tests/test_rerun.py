@@ -14,7 +14,7 @@ from test_stages import changed
 
 from artifacts_schema import store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import LatentsManifest
+from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
 from orchestrator import inspect
 
 
@@ -331,21 +331,26 @@ def test_damaged_embeddings_stay_listed_when_others_are_added(qwen_stage, run, f
     options = ["--out=other", f"--model={small_model}", "--dtype=bfloat16"]
     qwen_stage("encode", "a.txt", *options)
     assert qwen_stage("denoise", "--embeddings=other", "--size=32x32", "--steps=1").code == 0
-    flip(sorted((tmp_path / "other/embeddings").glob("*.safetensors"))[0])
+    manifest, _ = store.read_manifest(tmp_path / "other/embeddings", EmbeddingsManifest)
+    path = tmp_path / "other/embeddings" / f"{manifest.items[0].prompt_key}.safetensors"  # which `b` does not share
+    whole = path.read_bytes()
+    flip(path)
     fresh_cache()
     assert qwen_stage("encode", "b.txt", *options).code == 0
+    assert f"{path.relative_to(tmp_path)} is damaged" in qwen_stage("inspect", "other", "--verify").err
     assert qwen_stage("rerun", "other").code == 0
+    assert path.read_bytes() == whole
     assert qwen_stage("inspect", "other", "--verify").code == 0
 
 
 def test_guidance_back_on_with_its_own_negative_prompt(qwen_stage, small_model, tmp_path):
-    entries = [{"prompt": "a cat", "negative_prompt": negative, "seed": 1} for negative in ("blue", "green")]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    qwen_stage("encode", "p.jsonl", "--out=run", f"--model={small_model}")
+    (tmp_path / "p.txt").write_text("a cat\n")
+    encode = ["encode", "p.txt", "--out=run", f"--model={small_model}"]
+    qwen_stage(*encode, "--negative-prompt=blue")
     qwen_stage("denoise", "--embeddings=run", "--size=32x32", "--steps=1", "--cfg=1")
-    negative = store.read_manifest(tmp_path / "run/latents", LatentsManifest)[0].items[0].negative_prompt
+    qwen_stage(*encode, "--negative-prompt=green")  # the same prompt again, after the picture
     assert qwen_stage("rerun", "run", "--item=1", "--cfg=3").code == 0
-    assert store.read_manifest(tmp_path / "run/latents", LatentsManifest)[0].items[-1].negative_prompt == negative
+    assert store.read_manifest(tmp_path / "run/latents", LatentsManifest)[0].items[-1].negative_prompt == "blue"
 
 
 def test_the_steps_of_a_whole_picture(qwen_stage, run):
