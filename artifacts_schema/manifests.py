@@ -11,6 +11,7 @@ from msgspec import Meta
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Key = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 Positive = Annotated[int, Meta(ge=1)]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -121,8 +122,8 @@ class Recipe(Record, frozen=True, kw_only=True):
     true_cfg_scale: float
     model: Annotated[str, Meta(pattern="^[^\0]*$")]
     fingerprints: dict[str, Sha256]
-    dtype: Literal["float32", "bfloat16"]
-    decode_dtype: Literal["float32", "bfloat16"] | None = None  # None: from before it was recorded
+    dtype: Dtype
+    decode_dtype: Dtype | None = None  # None: from before it was recorded
     latents_key: Key  # rather than a manifest's id: that changes with every picture added beside it
 
     def parameters(self) -> str:

@@ -24,6 +24,7 @@ class Prompt(Record, frozen=True):
     negative_prompt: str | None = None
     name: str | None = None
     settings: Settings = Settings()
+    priority: int = 0  # of the job that it came with, among the jobs of a drop folder
 
 
 class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -37,6 +38,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     size: str | None = None
     steps: int | None = None
     cfg: float | None = None
+    priority: int = 0
 
 
 class Wanted(Record, frozen=True):
@@ -182,6 +184,7 @@ def _prompt(entry: Entry, where: str) -> Prompt:
             negative_prompt=entry.negative_prompt,
             name=entry.name,
             settings=check_settings(settings),
+            priority=entry.priority,
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
