@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from artifacts_schema.errors import UserError
@@ -42,6 +42,39 @@ def publish(directory: Path, name: str, content: Content, inherit: bool = False)
     finally:
         remove(temporary)
         remove(aside)
+
+
+def publish_new(directory: Path, names: Iterable[str], data: bytes) -> str:
+    """Puts a file at the first of these names that is free, whole, and never in another's place. Returns the name."""
+    temporary = directory / f"{TEMPORARY}{os.urandom(8).hex()}"
+    try:
+        _write(temporary, data, None)
+        for name in names:
+            try:
+                (directory / name).hardlink_to(temporary)
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without hard links
+                if os.path.lexists(directory / name):
+                    continue
+                temporary.rename(directory / name)
+            sync(directory)
+            return name
+        raise ValueError("every name is taken")
+    finally:
+        remove(temporary)
+
+
+def move(path: Path, directory: Path, names: Iterable[str]) -> str:
+    """Renames a file into a directory of the same file system, under the first of these names that is free there.
+
+    Who moves to that directory must be alone. Returns the name.
+    """
+    name = next(name for name in names if not os.path.lexists(directory / name))
+    path.rename(directory / name)
+    sync(directory)
+    sync(path.parent)
+    return name
 
 
 def read(path: Path, limit: int) -> bytes:
@@ -93,10 +126,11 @@ def make_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(directory: Path, wait: bool = False, inherit: bool = False) -> Iterator[None]:
+def lock(directory: Path, wait: bool = False, inherit: bool = False) -> Iterator[int]:
     """Holds `directory/.lock`; it goes with the process, however that ends. Raises BlockingIOError if another has it.
 
-    Where a file system knows no locks, this is none.
+    Yields the descriptor that holds it: a child that is given it holds it as well. Where a file system knows no locks,
+    this is none.
     """
     with _descriptor(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
         if inherit:
@@ -108,7 +142,7 @@ def lock(directory: Path, wait: bool = False, inherit: bool = False) -> Iterator
             raise
         except OSError:
             pass
-        yield
+        yield file
 
 
 def sync(path: Path) -> None:

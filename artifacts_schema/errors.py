@@ -5,6 +5,10 @@ class UserError(Exception):
     """Bad input or a bad environment. The command prints the message without a traceback and exits with 2."""
 
 
+class Busy(UserError):
+    """Another process is at it right now: the same may work later."""
+
+
 class Damaged(UserError):
     """Something that was written is missing or no longer what it was: it may be made again."""
 

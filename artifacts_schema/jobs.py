@@ -1,13 +1,13 @@
 """What a drop folder's jobs are on disk, in the outbox beside their runs.
 
-    <run>/                          embeddings/ latents/ images/, as of any run
-    .jobs/open/<id>.json            what is asked for; a job is open as long as this is here
-    .jobs/open/<id>.<stage>.json    what one stage tried in vain
-    .jobs/open/<id>.webp            how the picture looks by now that is being denoised
-    .jobs/ended/<id>.json           how it ended
+    <run>/                     embeddings/ latents/ images/, as of any run
+    .jobs/open/<id>.json       what is asked for; a job is open as long as this is here
+    .jobs/<stage>/<id>.json    what a stage tried in vain
+    .jobs/denoise/<id>.webp    how the picture looks by now that is being denoised
+    .jobs/ended/<id>.json      how a job ended
 
-An id is the time at which the drop was taken in: ids sort as the jobs came. Every file has one writer: a stage's own
-belong to the orchestrator of that stage, a job to the one that takes drops in.
+An id is the time at which the drop was taken in: ids sort as the jobs came. A stage's directory belongs to the one
+orchestrator that runs that stage, `open/` to the one that takes drops in.
 """
 
 import contextlib
@@ -17,18 +17,19 @@ from typing import Annotated, Any, Literal, TypeVar
 from msgspec import Meta
 
 from artifacts_schema import disk, store
-from artifacts_schema.errors import Damaged, UserError
+from artifacts_schema.errors import Damaged, Unreadable
 from artifacts_schema.manifests import Dtype, Key, Record, Sha256
 from artifacts_schema.prompts import Prompt
 
 JOBS = ".jobs"
+STAGES = ("encode", "denoise", "decode")
 MAX_JOB_BYTES = 64 << 20
 
 JobId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
 
 class Job(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_only=True):
-    """A drop that was taken in: its prompts, and everything that they leave open."""
+    """A drop that was taken in: its prompts, and all that they leave open but what the model itself says."""
 
     id: JobId
     run: Annotated[str, Meta(pattern="^[^/\0]+$")]  # its directory in the outbox
@@ -43,11 +44,11 @@ class Job(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_on
 
 
 class Trouble(Record, frozen=True, tag_field="schema", tag="qwen-stage/trouble/1", kw_only=True):
-    """What a stage tried in vain. Written before every start, so that a death of the whole machine counts as well."""
+    """What a stage tried in vain. Written before every attempt, so that a death of the whole machine counts as well."""
 
     attempts: int = 0  # in a row that brought nothing new
     reached: str = ""  # how far the job was when the last of them began
-    given_up: dict[Key, str] = {}  # pictures that cannot be made, and why
+    given_up: tuple[tuple[Key, str], ...] = ()  # pictures that cannot be made, and why
     set_aside: str = ""  # why the whole job is, if it is
     log: tuple[str, ...] = ()  # the last lines of the last attempt
     checksum: str = ""
@@ -76,15 +77,14 @@ class Jobs:
         self.open = outbox / JOBS / "open"
         self.ended = outbox / JOBS / "ended"
 
-    def make_directories(self) -> None:
-        disk.make_directory(self.open)
-        disk.make_directory(self.ended)
+    def stage(self, stage: str) -> Path:
+        return self.outbox / JOBS / stage
 
     def run(self, job: Job) -> Path:
         return self.outbox / job.run
 
-    def preview(self, job: Job) -> Path:
-        return self.open / f"{job.id}.webp"
+    def preview(self, id: str) -> Path:
+        return self.stage("denoise") / f"{id}.webp"
 
     def open_ids(self) -> list[str]:
         """As they came."""
@@ -94,39 +94,46 @@ class Jobs:
         return _ids(self.ended)
 
     def read(self, id: str) -> Job | None:
-        """An open job; None if it is not there. Raises UserError if it is damaged."""
+        """An open job; None if it is not open (any more). Raises Damaged."""
         return _read(self.open / f"{id}.json", Job)
 
     def read_ended(self, id: str) -> Ended | None:
         return _read(self.ended / f"{id}.json", Ended)
 
     def read_trouble(self, id: str, stage: str) -> Trouble:
-        """None that is known, if the record is damaged: what it says can be found out again."""
+        """A damaged record is none: what it says shows again."""
         with contextlib.suppress(Damaged):
-            return _read(self.open / f"{id}.{stage}.json", Trouble) or Trouble()
+            return _read(self.stage(stage) / f"{id}.json", Trouble) or Trouble()
         return Trouble()
 
     def add(self, job: Job) -> None:
         disk.publish(self.open, f"{job.id}.json", store.seal(job, Job))
 
     def write_trouble(self, id: str, stage: str, trouble: Trouble) -> None:
-        disk.publish(self.open, f"{id}.{stage}.json", store.seal(trouble, Trouble))
+        disk.publish(self.stage(stage), f"{id}.json", store.seal(trouble, Trouble))
 
     def end(self, ended: Ended) -> None:
-        """Says how a job ended; it stays open until its drop is put away as well, and it is closed."""
-        disk.publish(self.ended, f"{ended.job.id}.json", store.seal(ended, Ended))
+        """Says how a job ended. It stays open until its drop is put away as well, and it is closed."""
+        with disk.lock(self.ended, wait=True):  # any orchestrator of the outbox may
+            disk.publish(self.ended, f"{ended.job.id}.json", store.seal(ended, Ended))
 
     def close(self, id: str) -> None:
         """Forgets an open job, its own record last."""
-        for path in self.open.glob(f"{id}.*"):
-            if path.name != f"{id}.json":
-                disk.remove(path)
+        for stage in STAGES:
+            disk.remove(self.stage(stage) / f"{id}.json")
+        disk.remove(self.preview(id))
         disk.remove(self.open / f"{id}.json")
         disk.sync(self.open)
 
 
+def sweep(directory: Path) -> None:
+    """Removes what a kill left half-written; for the only one who writes there."""
+    for leftover in directory.glob(f"{disk.TEMPORARY}*"):
+        disk.remove(leftover)
+
+
 def _ids(directory: Path) -> list[str]:
-    return sorted(path.stem for path in directory.glob("*.json") if len(path.stem) == 16)
+    return sorted(path.stem for path in directory.glob("*.json"))
 
 
 def _read(path: Path, kind: type[R]) -> R | None:
@@ -135,7 +142,7 @@ def _read(path: Path, kind: type[R]) -> R | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise Unreadable(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise Damaged(f"{path} is damaged: {error}") from None
     return record

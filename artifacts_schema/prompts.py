@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import Key, Record, Settings
+from artifacts_schema.manifests import Key, LatentsItem, PromptItem, Record, Settings
 
 FORMATS = ("txt", "toml", "jsonl")
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000  # as many as training had noise levels
+NO_GUIDANCE = 1.0  # a cfg of that or less; all guidance that is none is the same
 
 T = TypeVar("T")
 
@@ -39,6 +41,19 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     steps: int | None = None
     cfg: float | None = None
     priority: int = 0
+
+    @classmethod
+    def of(cls, prompt: "Prompt | PromptItem") -> "Entry":
+        settings = prompt.settings
+        return cls(
+            prompt=prompt.prompt,
+            negative_prompt=prompt.negative_prompt,
+            name=prompt.name,
+            seeds=None if settings.seeds is None else list(settings.seeds),
+            size=None if settings.width is None else f"{settings.width}x{settings.height}",
+            steps=settings.num_inference_steps,
+            cfg=settings.true_cfg_scale,
+        )
 
 
 class Wanted(Record, frozen=True):
@@ -69,6 +84,41 @@ def parse_prompts(data: bytes, format: str, source: str) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{source} holds no prompts; write one a line")
     return prompts
+
+
+def resolve(*layers: Settings) -> Settings:
+    """Settings with nothing left open: the first layer that says something wins, field by field.
+
+    Checked again, as manifests can be edited.
+    """
+
+    def first(field: str) -> Any:
+        return next(value for layer in layers if (value := getattr(layer, field)) is not None)
+
+    settings = check_settings(Settings(**{field: first(field) for field in Settings.__struct_fields__}))
+    return replace(settings, true_cfg_scale=max(first("true_cfg_scale"), NO_GUIDANCE))
+
+
+def pictures_of(item: PromptItem, *layers: Settings) -> Iterator[Wanted]:
+    """What an encoded prompt asks for; `layers` say what it leaves open."""
+    settings = resolve(item.settings, *layers)
+    for seed in settings.seeds or ():
+        fields = {**msgspec.structs.asdict(settings), "seed": seed, "prompt_key": item.prompt_key}
+        del fields["seeds"]
+        yield Wanted(**fields, negative_key=item.negative_key if fields["true_cfg_scale"] > NO_GUIDANCE else None)
+
+
+def as_wanted(item: LatentsItem) -> Wanted:
+    """What would be made again as this was; of injected noise, that is only nearly so."""
+    return Wanted(
+        prompt_key=item.prompt_key,
+        negative_key=item.negative_key,
+        seed=item.seed or 0,
+        width=item.width,
+        height=item.height,
+        num_inference_steps=item.num_inference_steps,
+        true_cfg_scale=max(item.true_cfg_scale, NO_GUIDANCE),
+    )
 
 
 def parse_wanted(data: bytes, source: str) -> list[Wanted]:
@@ -136,14 +186,28 @@ def _json_lines(text: str, source: str, kind: type[T]) -> Iterator[tuple[str, T]
                 raise UserError(f"{where}: {error}") from None
 
 
+def parse_changes(data: bytes, made: Entry, source: str) -> list[Prompt]:
+    """What to make otherwise than it was made: keys of a prompt in TOML, or several `[[prompts]]` of them."""
+    changes = _toml(_decode(data, source), source)
+    table = _with_defaults(msgspec.to_builtins(made), changes)
+    return _from_table(table if "prompts" in table else {**table, "prompts": [{}]}, source)
+
+
 def _parse_toml(text: str, source: str) -> list[Prompt]:
     """`[[prompts]]` tables; the same keys at the top of the file are defaults for all of them."""
+    return _from_table(_toml(text, source), source)
+
+
+def _toml(text: str, source: str) -> dict[str, Any]:
     import tomllib
 
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, so is an endless integer
         raise UserError(f"{source}: {error}") from None
+
+
+def _from_table(table: dict[str, Any], source: str) -> list[Prompt]:
     entries = table.pop("prompts", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{source}: prompts must be written as [[prompts]] tables")

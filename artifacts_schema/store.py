@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from artifacts_schema import arrays, disk, keys
-from artifacts_schema.errors import Damaged, Unreadable, UserError
+from artifacts_schema.errors import Busy, Damaged, Unreadable, UserError
 from artifacts_schema.manifests import (
     Embedding,
     EmbeddingsManifest,
@@ -346,7 +346,7 @@ def writing(directory: Path) -> Iterator[Path]:
         try:
             stack.enter_context(disk.lock(directory))
         except BlockingIOError:
-            raise UserError(f"another qwen-stage is writing to {directory}; wait for it or choose --out") from None
+            raise Busy(f"another qwen-stage is writing to {directory}; wait for it or choose --out") from None
         for leftover in directory.glob(f"{disk.TEMPORARY}*"):
             disk.remove(leftover)
         yield directory

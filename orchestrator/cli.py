@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from artifacts_schema import __version__
 from artifacts_schema.errors import UserError
 from orchestrator import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED
+from orchestrator.progress import Terminal, Voice
 
 if TYPE_CHECKING:
     from artifacts_schema.manifests import Settings
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     args = _parser().parse_args(arguments)
+    args.voice = Terminal().voice()
     _SIGNALS.install()
     try:
         code: int = args.command(args)
@@ -92,14 +94,13 @@ def _notice(line: str) -> None:
 
 def _encode(args: argparse.Namespace) -> int:
     from artifacts_schema.prompts import parse_prompts
-    from orchestrator.progress import Bar
     from stages.checkpoint import open_checkpoint
     from stages.encode import encode
 
     data, format, source = _read_prompts(args.prompts, args.format)
     prompts = parse_prompts(data, format, source)
     checkpoint = open_checkpoint(args.model)
-    _announce(args.model)
+    _announce(args.model, args.voice.notice)
     run = encode(
         prompts,
         checkpoint,
@@ -107,8 +108,8 @@ def _encode(args: argparse.Namespace) -> int:
         negative_prompt=args.negative_prompt,
         dtype=args.dtype,
         truncate=args.truncate,
-        report=Bar(),
-        notice=_notice,
+        report=args.voice.report,
+        notice=args.voice.notice,
     )
     print(run)
     return EXIT_DONE
@@ -117,7 +118,6 @@ def _encode(args: argparse.Namespace) -> int:
 def _denoise(args: argparse.Namespace) -> int:
     from artifacts_schema.manifests import Settings
     from artifacts_schema.prompts import parse_wanted
-    from orchestrator.progress import Bar
     from stages.denoise import denoise
 
     wanted = parse_wanted(*_read_items(args.items)) if args.items else None
@@ -136,17 +136,16 @@ def _denoise(args: argparse.Namespace) -> int:
         keep_trajectory=args.keep_trajectory,
         dtype=args.dtype,
         deferring=_deferred_interrupts,
-        report=Bar(),
-        notice=_notice,
+        report=args.voice.report,
+        notice=args.voice.notice,
     )
     for failure in failures:
-        _notice(f"failed: {failure}")
+        args.voice.notice(f"failed: {failure}")
     print(directory)
     return EXIT_SOME_FAILED if failures else EXIT_DONE
 
 
 def _decode(args: argparse.Namespace) -> int:
-    from orchestrator.progress import Bar
     from stages.decode import decode
 
     items = frozenset(_read_items(args.items)[0].decode("ascii", "replace").split()) if args.items else None
@@ -156,11 +155,11 @@ def _decode(args: argparse.Namespace) -> int:
         args.out,
         items=items,
         dtype=args.dtype,
-        report=Bar(),
-        notice=_notice,
+        report=args.voice.report,
+        notice=args.voice.notice,
     )
     for failure in failures:
-        _notice(f"failed: {failure}")
+        args.voice.notice(f"failed: {failure}")
     for picture in pictures:
         print(picture)
     return EXIT_SOME_FAILED if failures else EXIT_DONE
@@ -306,13 +305,63 @@ def _inspect(args: argparse.Namespace) -> int:
     return EXIT_BAD_INPUT if wrong else EXIT_DONE
 
 
+def _watch(args: argparse.Namespace) -> int:
+    from artifacts_schema import cache, disk
+    from artifacts_schema.jobs import STAGES
+    from orchestrator.dispatch import Terms
+    from orchestrator.watch import Options, Watch
+    from stages.checkpoint import open_checkpoint
+
+    stages = tuple(stage for stage in STAGES if stage in args.stages.split(","))
+    if unknown := set(args.stages.split(",")).difference(STAGES):
+        raise UserError(f"--stages {','.join(sorted(unknown))}: the stages are {', '.join(STAGES)}")
+    if args.model is not None:
+        open_checkpoint(args.model)  # says now what every job would say
+    disk.make_directory(args.inbox)
+    outbox = args.out or args.inbox.resolve().parent / "outbox"
+    if args.inbox.resolve() in (outbox.resolve(), *outbox.resolve().parents):
+        raise UserError(f"{outbox} lies in the inbox; choose another --out")
+    terms = Terms(stages, args.truncate, args.overlap, args.hang, cache.parse_bytes(args.min_free))
+    options = Options(terms, args.model, args.dtype, args.once, args.poll, args.settle)
+    terminal = Terminal(leave=False)
+    _announce(args.model, terminal.notice)
+    with _deferred_interrupts() as interrupted:
+        return Watch(args.inbox, outbox, options, terminal, interrupted).run()
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from orchestrator.inbox import CHANGES_SUFFIX, submit
+
+    changes_first = sorted(args.files, key=lambda path: not path.name.lower().endswith(CHANGES_SUFFIX))
+    for path in changes_first:
+        print(submit(path, args.to))
+    return EXIT_DONE
+
+
+def _work(args: argparse.Namespace) -> int:
+    import importlib
+
+    from orchestrator.worker import obey
+
+    # what its orders will need, before it says that it is ready
+    for module in (f"stages.{args.stage}", "mlx.core", "numpy", "zarr" if args.stage != "encode" else "tokenizers"):
+        importlib.import_module(module)
+
+    def perform(arguments: list[str], voice: Voice) -> int:
+        order = _parser().parse_args(arguments)
+        order.voice = voice
+        code: int = order.command(order)
+        return code
+
+    return obey(perform)
+
+
 def _gallery(args: argparse.Namespace) -> int:
     from orchestrator import gallery
-    from orchestrator.progress import Bar
 
     if args.sheet:
-        gallery.sheet(args.run, args.sheet, Bar())
-    print(args.sheet or gallery.write(args.run, Bar()))
+        gallery.sheet(args.run, args.sheet, args.voice.report)
+    print(args.sheet or gallery.write(args.run, args.voice.report))
     return EXIT_DONE
 
 
@@ -385,11 +434,11 @@ def _read_prompts(path: Path, format: str | None) -> tuple[bytes, str, str]:
     return data, format, str(path)
 
 
-def _announce(model: str | None) -> None:
+def _announce(model: str | None, notice: Callable[[str], None]) -> None:
     from stages.checkpoint import REAL_MODEL_HINT
 
     if model is None:
-        _notice(f"using the built-in demo model, which knows only flat-coloured shapes; {REAL_MODEL_HINT}")
+        notice(f"using the built-in demo model, which knows only flat-coloured shapes; {REAL_MODEL_HINT}")
 
 
 def _settings(args: argparse.Namespace, seeds: list[int]) -> "Settings":
@@ -425,6 +474,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
     return value
 
 
@@ -515,6 +571,34 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_seed, nargs="+", default=[], metavar="N", help="other seeds; +5: five more than each prompt has"
     )
     rerun.set_defaults(command=_rerun)
+
+    watch = commands.add_parser("watch", parents=[common], help="pictures of every prompt file put into a folder")
+    add = watch.add_argument
+    add("inbox", type=_path, metavar="INBOX", help="where to put .txt, .toml, .jsonl, or a .png to make again")
+    add("--out", type=_path, metavar="OUTBOX", help="where a run is made of each; default: outbox, beside the inbox")
+    add("--once", action="store_true", help="end when nothing is left to do")
+    add("--poll", action="store_true", help="look every two seconds instead of waiting for events: network folders")
+    stages_help = "run only these, separated by commas, on what others leave in the outbox"
+    add("--stages", default="encode,denoise,decode", metavar="STAGES", help=stages_help)
+    overlap_help = "decode beside denoise, both in memory; default: where there is enough"
+    add("--overlap", action=argparse.BooleanOptionalAction, help=overlap_help)
+    add("--truncate", action="store_true", help="cut prompts off at 1024 tokens")
+    settle_help = "how long a file must not have changed; default: 1"
+    add("--settle", type=_seconds, default=1.0, metavar="SECONDS", help=settle_help)
+    hang_help = "how long a step or a start may take before it is tried again; default: 900"
+    add("--hang", type=_seconds, default=900.0, metavar="SECONDS", help=hang_help)
+    free_help = "pause while less of the disk is free; default: 1GB"
+    add("--min-free", default="1GB", metavar="SIZE", help=free_help)
+    watch.set_defaults(command=_watch)
+
+    submit = commands.add_parser("submit", help="put files into a watched folder, whole at once")
+    submit.add_argument("files", type=_path, nargs="+", metavar="FILE")
+    submit.add_argument("--to", type=_path, required=True, metavar="INBOX")
+    submit.set_defaults(command=_submit, debug=False)
+
+    work = commands.add_parser("work")  # for `watch` alone, therefore without help
+    work.add_argument("stage", choices=("encode", "denoise", "decode"))
+    work.set_defaults(command=_work, debug=True)
 
     inspect = commands.add_parser("inspect", help="what a run, an artifact or a picture is, and whether it is whole")
     inspect.add_argument("path", type=_path, metavar="PATH", help="a run, its embeddings/, latents/ or images/, a PNG")

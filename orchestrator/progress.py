@@ -1,28 +1,49 @@
-"""What a waiting person sees on stderr: one bar when it is a terminal, nothing of it in a pipe."""
+"""What a waiting person sees on stderr: bars when it is a terminal, only the notices in a pipe."""
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
-class Bar:
-    """Called as report(label, done, total); one bar a label."""
+class Voice(NamedTuple):
+    """How work tells of itself."""
 
-    def __init__(self) -> None:
-        self.label: str | None = None
-        self.bar: Any = None
+    report: Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+    notice: Callable[[str], None]  # one line that a person should see
 
-    def __call__(self, label: str, done: int, total: int) -> None:
-        if sys.stderr is None or not sys.stderr.isatty():
+
+class Terminal:
+    def __init__(self, leave: bool = True) -> None:
+        """`leave`: whether a bar stays on the screen when its work is done."""
+        self.leave = leave
+        self.bars: dict[int, Any] = {}  # by their line
+
+    def report(self, label: str, done: int, total: int, line: int = 0) -> None:
+        """One bar a label; each line of the display shows the latest."""
+        if not self.is_live():
             return
         from tqdm import tqdm
 
-        if label != self.label or self.bar is None:
-            self.close()
-            self.label = label
-            self.bar = tqdm(total=total, desc=label, leave=True, dynamic_ncols=True)
-        self.bar.update(done - self.bar.n)
+        bar = self.bars.get(line)
+        if bar is None or bar.desc != f"{label}: ":
+            self.close(line)
+            bar = tqdm(total=total, desc=label, leave=self.leave, dynamic_ncols=True, position=line)
+            self.bars[line] = bar
+        bar.update(done - bar.n)
 
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = None
+    def is_live(self) -> bool:
+        return sys.stderr is not None and sys.stderr.isatty()
+
+    def notice(self, line: str) -> None:
+        for bar in self.bars.values():
+            bar.clear()
+        print(f"qwen-stage: {line}", file=sys.stderr, flush=True)
+        for bar in self.bars.values():
+            bar.refresh()
+
+    def close(self, line: int = 0) -> None:
+        if bar := self.bars.pop(line, None):
+            bar.close()
+
+    def voice(self) -> Voice:
+        return Voice(self.report, self.notice)

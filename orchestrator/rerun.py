@@ -19,10 +19,9 @@ from artifacts_schema.manifests import (
     LatentsItem,
     LatentsManifest,
     Manifest,
-    PromptItem,
     Settings,
 )
-from artifacts_schema.prompts import Entry, Wanted, check_settings, to_jsonl
+from artifacts_schema.prompts import NO_GUIDANCE, Entry, Wanted, as_wanted, check_settings, to_jsonl
 from orchestrator import EXIT_DONE, EXIT_SOME_FAILED
 from orchestrator.run import stage
 
@@ -139,7 +138,7 @@ class Rerun:
                 *model,
                 *_option("--dtype", own_dtype),
                 *(["--truncate"] if truncate else []),
-                stdin=to_jsonl([_entry(item) for item in items]),
+                stdin=to_jsonl([Entry.of(item) for item in items]),
             )
 
     def _denoise(self, items: list[LatentsItem], changes: Changes) -> list[str]:
@@ -159,7 +158,7 @@ class Rerun:
             else:
                 self.notice(f"{item.prompt!r} cannot be made again: its noise came from a file; use denoise --noise")
                 self.some_failed = True
-        whole = {(_wanted(item), item.dtype): bool(item.trajectory) for item in before if self._is_whole(item)}
+        whole = {(as_wanted(item), item.dtype): bool(item.trajectory) for item in before if self._is_whole(item)}
         missing = [(each, keep) for each, keep in wanted.items() if each not in whole or (keep and not whole[each])]
         if missing and embeddings is None:
             raise UserError(
@@ -170,7 +169,7 @@ class Rerun:
             options = [f"--dtype={dtype}", *(["--keep-trajectory"] if keep else []), *self.options]
             lines = to_jsonl([each for (each, _), _ in group])
             self._stage("denoise", f"--embeddings={self.run}", "--items=-", *self.model, *options, stdin=lines)
-        made = {(_wanted(item), item.dtype): item.key for item in self._items() if item.seed is not None}
+        made = {(as_wanted(item), item.dtype): item.key for item in self._items() if item.seed is not None}
         return [*keys, *(made[each] for each in wanted if each in made)]
 
     def _is_whole(self, item: LatentsItem) -> bool:
@@ -224,7 +223,7 @@ def _largest_seeds(items: list[LatentsItem]) -> dict[Wanted, int]:
     largest: dict[Wanted, int] = {}
     for item in items:
         if item.seed is not None:
-            group = replace(_wanted(item), seed=0)
+            group = replace(as_wanted(item), seed=0)
             largest[group] = max(largest.get(group, 0), item.seed)
     return largest
 
@@ -244,17 +243,17 @@ def _changed(
         if item.seed is None:
             yield item, None
             continue
-        wanted = _wanted(item)
+        wanted = as_wanted(item)
         if changes.more_seeds:
             first = largest[replace(wanted, seed=0)] + 1
             seeds: Iterable[int] = range(first, first + changes.more_seeds)
         else:
             seeds = settings.seeds or (item.seed,)
-        cfg = max(wanted.true_cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale, 1.0)
+        cfg = max(wanted.true_cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale, NO_GUIDANCE)
         changed = replace(
             wanted,
             negative_key=(item.negative_key or negatives.get((item.prompt_key, item.negative_prompt)))
-            if cfg > 1
+            if cfg > NO_GUIDANCE
             else None,
             width=settings.width or wanted.width,
             height=settings.height or wanted.height,
@@ -263,31 +262,6 @@ def _changed(
         )
         for seed in seeds:
             yield item, replace(changed, seed=seed)
-
-
-def _wanted(item: LatentsItem) -> Wanted:
-    return Wanted(
-        prompt_key=item.prompt_key,
-        negative_key=item.negative_key,
-        seed=item.seed or 0,
-        width=item.width,
-        height=item.height,
-        num_inference_steps=item.num_inference_steps,
-        true_cfg_scale=max(item.true_cfg_scale, 1.0),  # all guidance that is none is the same
-    )
-
-
-def _entry(item: PromptItem) -> Entry:
-    settings = item.settings
-    return Entry(
-        prompt=item.prompt,
-        negative_prompt=item.negative_prompt,
-        name=item.name,
-        seeds=None if settings.seeds is None else list(settings.seeds),
-        size=None if settings.width is None else f"{settings.width}x{settings.height}",
-        steps=settings.num_inference_steps,
-        cfg=settings.true_cfg_scale,
-    )
 
 
 def _grouped(items: Iterable[T], by: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:

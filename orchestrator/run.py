@@ -6,15 +6,16 @@ import sys
 
 from orchestrator import EXIT_INTERRUPTED
 
+# -P: a folder named `stages` where the user happens to be must not be imported instead of ours
+COMMAND = [sys.executable, "-P", "-m", "orchestrator.cli"]
+
 
 def stage(name: str, *arguments: str, stdin: bytes = b"") -> tuple[int, list[str]]:
     """Runs `qwen-stage NAME ARGUMENTS` in a new process. Returns its exit code and the lines it printed on stdout.
 
     stderr, with progress and errors, goes where the parent's goes. An interruption is handed on and waited for.
     """
-    # -P: a folder named `stages` where the user happens to be must not be imported instead of ours
-    command = [sys.executable, "-P", "-m", "orchestrator.cli", name, *arguments]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = subprocess.Popen([*COMMAND, name, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         output, _ = child.communicate(stdin)
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ The layout is that of `Qwen/Qwen-Image`: `model_index.json`, `scheduler/ text_en
 import json
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,6 +36,7 @@ REAL_MODEL_HINT = "choose a real one with --model, for example --model Qwen/Qwen
 DEFAULTS = Settings(seeds=(42,), width=1024, height=1024, num_inference_steps=50, true_cfg_scale=4.0)
 
 T = TypeVar("T")
+N = TypeVar("N", bound="nn.Module")
 
 
 class OwnDefaults(msgspec.Struct):
@@ -180,6 +181,23 @@ def _in_hub_cache(repository: str) -> Path:
         ) from None
 
 
+def load_model(checkpoint: Checkpoint, component: str, model: type[N], config: type[T], dtype: str) -> N:
+    """A component as `model(config)` with its weights, read lazily and computing in `dtype`.
+
+    The last one is kept: a process that is given one order after the other loads it once.
+    """
+    kinds: Any = (model, config)
+    return _load_model(checkpoint, component, checkpoint.fingerprint(component), kinds, dtype)
+
+
+@lru_cache(maxsize=1)
+def _load_model(checkpoint: Checkpoint, component: str, fingerprint: str, kinds: Any, dtype: str) -> Any:
+    model, config = kinds
+    made = model(checkpoint.config(component, config))
+    load_weights(made, checkpoint.component(component), mlx_dtype(dtype))
+    return made
+
+
 def load_weights(model: "nn.Module", directory: Path, dtype: "mx.Dtype") -> None:
     """Gives a model its weights, lazily and in `dtype`. A missing, extra or mis-shaped tensor is an error naming it."""
     import mlx.core as mx
@@ -240,15 +258,19 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def default_dtype() -> str:
+def default_dtype() -> manifests.Dtype:
     """What to compute in: bfloat16 on GPUs, float32 on CPUs, where bfloat16 is many times slower.
 
     Told from what is installed: asking MLX would mean importing it, which a fully cached `encode` never does.
     """
+    return "bfloat16" if sys.platform == "darwin" or has_cuda() else "float32"
+
+
+def has_cuda() -> bool:
+    """Whether MLX's CUDA backend is installed."""
     package = find_spec("mlx")
     places = [Path(place).parent for place in package.submodule_search_locations or ()] if package else []
-    has_cuda = any(any(place.glob(CUDA_BACKEND)) for place in places)
-    return "bfloat16" if sys.platform == "darwin" or has_cuda else "float32"
+    return any(any(place.glob(CUDA_BACKEND)) for place in places)
 
 
 def mlx_dtype(name: str) -> "mx.Dtype":

@@ -13,6 +13,7 @@ from artifacts_schema import cache, keys, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import (
     Cost,
+    Dtype,
     File,
     ImageItem,
     ImagesManifest,
@@ -21,7 +22,7 @@ from artifacts_schema.manifests import (
     Model,
     Recipe,
 )
-from stages.checkpoint import Checkpoint, load_weights, mlx_dtype, open_checkpoint
+from stages.checkpoint import Checkpoint, load_model, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from stages.models.vae import AutoencoderKLQwenImage
 
 CODE_VERSION = 1  # raised whenever the same latents would give other pixels
-DEFAULT_DTYPE = "float32"  # also on GPUs: the VAE is small, and rounding shows in flat areas
+DEFAULT_DTYPE: Dtype = "float32"  # also on GPUs: the VAE is small, and rounding shows in flat areas
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SLUG_LENGTH = 40  # characters of the prompt in a file name
 
@@ -73,8 +74,10 @@ def decode(
         if failures and len(failures) == len(images.wanted):
             raise UserError(failures[0])
         if todo:
+            from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
+
             report("decode", 0, len(todo))
-            vae = _load_vae(checkpoint, dtype)
+            vae = load_model(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype)
         for number, key in enumerate(todo, 1):
             watch = Stopwatch()
             pixels = _pixels(vae, store.read_latents(source, images.wanted[key]))
@@ -103,10 +106,11 @@ class Images:
         self.latents_made_with = latents.model
         self.inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), latents_id)))
         self.items = {item.key: item for item in before.items} if before else {}
-        self.whole = {key for key, item in self.items.items() if store.is_whole(directory, (item.file,))}
         self.numbers = {item.key: number for number, item in enumerate(latents.items, 1)}
         wanted = [item for item in latents.items if chosen is None or item.key in chosen]
         self.wanted = {_key(item, checkpoint, dtype): item for item in wanted}
+        here = self.wanted.keys() & self.items.keys()
+        self.whole = {key for key in here if store.is_whole(directory, (self.items[key].file,))}
 
     def missing(self) -> list[str]:
         return [key for key in self.wanted if key not in self.whole]
@@ -175,14 +179,6 @@ def _shared_key(key: str, recipe: Recipe) -> str:
 def _check_png(data: bytes) -> None:
     if not data.startswith(PNG_SIGNATURE):
         raise ValueError("not a PNG")
-
-
-def _load_vae(checkpoint: Checkpoint, dtype: str) -> "AutoencoderKLQwenImage":
-    from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
-
-    vae = AutoencoderKLQwenImage(checkpoint.config("vae", VAEConfig))
-    load_weights(vae, checkpoint.component("vae"), mlx_dtype(dtype))
-    return vae
 
 
 def _pixels(vae: "AutoencoderKLQwenImage", latents: "np.ndarray") -> "np.ndarray":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -26,9 +26,9 @@ from artifacts_schema.manifests import (
     PromptItem,
     Settings,
 )
-from artifacts_schema.prompts import Wanted, check_settings
+from artifacts_schema.prompts import NO_GUIDANCE, Wanted, check_settings, resolve
 from artifacts_schema.trajectory import Trajectory, resume
-from stages.checkpoint import Checkpoint, default_dtype, load_weights, mlx_dtype, open_checkpoint
+from stages.checkpoint import Checkpoint, default_dtype, load_model, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.scheduler import SchedulerConfig
 
@@ -54,7 +54,7 @@ class Resolved(NamedTuple):
 
     @property
     def guided(self) -> bool:
-        return self.cfg > 1
+        return self.cfg > NO_GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def denoise(
     true, the step is finished and saved, then KeyboardInterrupt raised. Returns the latents directory and what failed,
     a line each.
     """
-    from stages.models.transformer import TransformerConfig
+    from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
 
     cache_limit = cache.limit()
     source = store.find(embeddings, EmbeddingsManifest)
@@ -126,7 +126,7 @@ def denoise(
         if not todo:
             return directory, []
         prompts = _load_embeddings(source, manifest, todo, config)
-        transformer = _load_transformer(checkpoint, config, compute)
+        transformer = load_model(checkpoint, "transformer", QwenImageTransformer2DModel, TransformerConfig, dtype)
         failures, begun = [], 0
         for group in _batches(todo, batch):
             watch = Stopwatch()
@@ -182,7 +182,8 @@ class Latents:
 
     def todo(self, notice: Notice) -> list[Job]:
         """The jobs whose pictures are neither here, whole, nor in the cache. What the cache has is here afterwards."""
-        whole = {key for key, item in self.items.items() if self._is_whole(item)}
+        here = (self.items[job.key] for job in self.jobs if job.key in self.items)
+        whole = {item.key for item in here if self._is_whole(item)}
         missing = [job for job in self.jobs if job.key not in whole]
         adoptable = [job for job in missing if job.key not in self.with_steps]
         adopted = [item for job in adoptable if (item := self._adopt(job, notice))]
@@ -334,14 +335,7 @@ def _jobs(
 
 
 def _resolve(*layers: Settings) -> Resolved:
-    """The first layer that says something wins, field by field. Checked again: manifests can be edited."""
-
-    def first(field: str) -> Any:
-        return next(value for layer in layers if (value := getattr(layer, field)) is not None)
-
-    settings = check_settings(Settings(**{field: first(field) for field in Settings.__struct_fields__}))
-    resolved = Resolved(*msgspec.structs.astuple(settings))
-    return resolved if resolved.guided else resolved._replace(cfg=1.0)  # all guidance that is none is the same
+    return Resolved(*msgspec.structs.astuple(resolve(*layers)))
 
 
 def _load_noise(path: Path, count: int) -> "list[mx.array]":
@@ -383,16 +377,6 @@ def _load_embeddings(
             raise UserError(f"{path} holds NaN or infinite numbers; repair it with `qwen-stage rerun`")
         prompts[key] = prompt_embeds
     return prompts
-
-
-def _load_transformer(
-    checkpoint: Checkpoint, config: "TransformerConfig", compute: "mx.Dtype"
-) -> "QwenImageTransformer2DModel":
-    from stages.models.transformer import QwenImageTransformer2DModel
-
-    transformer = QwenImageTransformer2DModel(config)
-    load_weights(transformer, checkpoint.component("transformer"), compute)
-    return transformer
 
 
 def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:

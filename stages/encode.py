@@ -12,7 +12,7 @@ from artifacts_schema import cache, keys, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import Embedding, EmbeddingsManifest, PromptItem
 from artifacts_schema.prompts import Prompt
-from stages.checkpoint import Checkpoint, default_dtype, load_weights, mlx_dtype
+from stages.checkpoint import Checkpoint, default_dtype, load_model
 from stages.measure import Notice, Report, Stopwatch, versions
 
 if TYPE_CHECKING:
@@ -175,8 +175,7 @@ def _embed(
 
     from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 
-    model = TextEncoder(checkpoint.config("text_encoder", TextEncoderConfig))
-    load_weights(model, checkpoint.component("text_encoder"), mlx_dtype(dtype))
+    model = load_model(checkpoint, "text_encoder", TextEncoder, TextEncoderConfig, dtype)
     vocab_size = model.embed_tokens.weight.shape[0]
     embeddings = {}
     report("encode", 0, len(todo))

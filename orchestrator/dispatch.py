@@ -1,0 +1,352 @@
+"""Gives the stages' workers their orders, one model in memory at a time, and deals with how they end."""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from artifacts_schema.errors import UserError
+from artifacts_schema.jobs import Job, Jobs, Trouble
+from artifacts_schema.prompts import Entry, to_jsonl
+from orchestrator import plan
+from orchestrator.plan import Work
+from orchestrator.progress import Terminal
+from orchestrator.worker import Answer, Order, Progress, Ready, Said, Worker, how_it_ended
+
+ATTEMPTS = 3  # of a job in a stage that bring nothing, before it is set aside
+STARTS = 5  # of a worker in a row that never got ready, before all is given up
+RETRY_SECONDS = 1.0  # for each attempt that was in vain
+BUSY_SECONDS = 2.0  # until what another process was at is tried again
+FULL_SECONDS = 5.0  # until a full disk is looked at again
+LOG_SECONDS = 30.0  # between two lines on the same picture, where there is no terminal
+TURN_SHARE = 10  # a stage's turn lasts so many times what loading its model took
+SHORTEST_TURN_SECONDS = 2.0
+DECODE_BYTES_PER_PIXEL = 10_000  # a float32 decode of 1024x1024 peaks at 7 GB
+VAE_BYTES = 1 << 30
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Terms(NamedTuple):
+    """How work is to be done."""
+
+    stages: tuple[str, ...]
+    truncate: bool = False
+    overlap: bool | None = None  # decode beside denoise; None: where memory allows
+    hang: float = 900.0  # seconds without progress after which a worker is taken for dead
+    min_free: int = 1_000_000_000  # bytes of disk, with fewer of which nothing is begun
+
+
+class Slot:
+    """A place for one worker, which is one model in memory."""
+
+    def __init__(self, line: int, stages: tuple[str, ...]) -> None:
+        self.line = line  # of the display
+        self.stages = stages
+        self.worker: Worker | None = None
+        self.order: plan.Order | None = None
+        self.run = self.label = ""
+        self.failures: list[str] = []  # that the worker told of, of this order
+        self.hung = False
+        self.loading: float | None = None  # seconds from the worker's start to its first progress
+        self.told = 0.0  # when the log last had a line on this order
+
+    @property
+    def stage(self) -> str | None:
+        return self.worker.stage if self.worker else None
+
+    def is_turn_over(self) -> bool:
+        turn = max(SHORTEST_TURN_SECONDS, TURN_SHARE * (self.loading or 0))
+        return self.worker is not None and time.monotonic() - self.worker.started > turn
+
+
+class Dispatcher:
+    def __init__(
+        self,
+        jobs: Jobs,
+        terms: Terms,
+        works: dict[str, Work],
+        look: Callable[[str], Work | None],
+        held: dict[str, int],
+        command: list[str],
+        terminal: Terminal,
+    ) -> None:
+        """`works`: what open jobs need, kept up to date by `look(id)`; `held`: by stage, the lock its workers hold."""
+        self.jobs, self.terms, self.works, self.look = jobs, terms, works, look
+        self.held, self.command, self.terminal = held, command, terminal
+        self.slots = [Slot(0, terms.stages)]
+        if {"denoise", "decode"} <= set(terms.stages) and terms.overlap is not False:
+            self.slots.append(Slot(1, ("decode",)))
+        self.not_before: dict[str, float] = {}
+        self.full_until = 0.0
+        self.is_full = False
+        self.starts_failed = 0
+        self.stopping = False
+
+    def give(self) -> None:
+        """Gives whoever is idle the next order, and the memory back of whoever gets none."""
+        for slot in self.slots:
+            self._give(slot)
+
+    def pipes(self) -> list[int]:
+        """What to wait for."""
+        workers = [slot.worker for slot in self.slots if slot.worker]
+        return [pipe.fileno() for worker in workers for pipe in (worker.answers, worker.stderr)]
+
+    def attend(self) -> None:
+        """Takes note of what the workers have said, and of those that are dead or hang."""
+        for slot in self.slots:
+            if slot.worker is None:
+                continue
+            for event in slot.worker.events():
+                if isinstance(event, Answer):
+                    self._answered(slot, event)
+                else:
+                    self._heard(slot, event)
+            if slot.worker.ended:
+                self._died(slot)
+            elif (slot.order or not slot.worker.ready) and time.monotonic() - slot.worker.heard > self.terms.hang:
+                slot.hung = True
+                slot.worker.kill()
+
+    def wait_at_most(self) -> float:
+        """Seconds until something is to be done that no pipe will tell of."""
+        now = time.monotonic()
+        times = [time for time in self.not_before.values() if time > now]
+        times += [slot.worker.heard + self.terms.hang for slot in self.slots if slot.worker]
+        times += [self.full_until] if self.is_full else []
+        return max(0.0, min(times, default=now + 3600) - now)
+
+    def is_idle(self) -> bool:
+        """Whether nothing is being done, nor will be as things are."""
+        return not any(slot.worker for slot in self.slots) and (self.stopping or not self._is_wanted())
+
+    def stop(self) -> None:
+        """Lets the workers finish their step, save it, and end."""
+        if not self.stopping:
+            self.stopping = True
+            for slot in self.slots:
+                if slot.worker and (slot.order or not slot.worker.ready):
+                    slot.worker.interrupt()
+
+    def kill(self) -> None:
+        for slot in self.slots:
+            if slot.worker:
+                slot.worker.kill()
+                slot.worker.close()
+                slot.worker = None
+
+    def pause(self) -> None:
+        """Begins nothing for a while, because the disk is full or nearly so."""
+        self.full_until = time.monotonic() + FULL_SECONDS
+        if not self.is_full:
+            self.is_full = True
+            free, wanted = self._free() / 1e9, self.terms.min_free / 1e9
+            self.terminal.notice(f"paused: {free:.1f} GB are free in {self.jobs.outbox}, {wanted:.1f} GB should be")
+
+    # -- orders
+
+    def _is_wanted(self) -> bool:
+        return any(stage in work.next for work in self.works.values() for stage in self.terms.stages)
+
+    def _give(self, slot: Slot) -> None:
+        if slot.order or (slot.worker and not slot.worker.ready):
+            return
+        order = self._choose(slot)
+        if slot.worker and (order is None or order.stage != slot.stage):
+            self._release(slot)
+        if order is None or self._is_in_the_way(slot, order):
+            return
+        if slot.worker is None:
+            slot.worker = Worker(self.command, order.stage, self.held[order.stage])
+            slot.loading = None
+        elif self._has_space():
+            self._begin(slot, order)
+
+    def _choose(self, slot: Slot) -> plan.Order | None:
+        if self.stopping or (self.is_full and time.monotonic() < self.full_until):
+            return None
+        now = time.monotonic()
+        self.not_before = {id: time for id, time in self.not_before.items() if time > now}
+        works = [work for id, work in self.works.items() if id not in self.not_before]
+        stages = [stage for stage in slot.stages if all(stage != other.stage for other in self.slots if other != slot)]
+        if slot != self.slots[0] and not self._may_overlap(works):
+            return None
+        return plan.choose(works, stages, slot.stage, slot.is_turn_over())
+
+    def _is_in_the_way(self, slot: Slot, order: plan.Order) -> bool:
+        """Whether another worker must end first: only decode may be beside denoise."""
+        for other in self.slots:
+            if other != slot and other.worker and {order.stage, other.stage} != {"denoise", "decode"}:
+                if other.order is None and other.worker.ready:
+                    self._release(other)
+                else:
+                    return True
+        return False
+
+    def _may_overlap(self, works: list[Work]) -> bool:
+        main = self.slots[0]
+        if main.stage != "denoise" or main.order is None:
+            return False
+        if self.terms.overlap is None:
+            pixels = max((work.pixels for work in works if "decode" in work.next), default=0)
+            beside = self.slots[1].worker is not None  # then it has its memory
+            return beside or _available_memory() > VAE_BYTES + DECODE_BYTES_PER_PIXEL * pixels
+        return self.terms.overlap
+
+    def _has_space(self) -> bool:
+        if self._free() < self.terms.min_free:
+            self.pause()
+            return False
+        if self.is_full:
+            self.is_full = False
+            self.terminal.notice("goes on: there is space on the disk again")
+        return True
+
+    def _free(self) -> int:
+        info = os.statvfs(self.jobs.outbox)
+        return info.f_bavail * info.f_frsize
+
+    def _begin(self, slot: Slot, order: plan.Order) -> None:
+        worker = slot.worker
+        job = self.jobs.read(order.id)
+        if job is None or worker is None:
+            self.look(order.id)
+            return
+        before = self.jobs.read_trouble(job.id, order.stage)
+        reached = plan.reached(self.jobs, job, order.stage)
+        attempts = before.attempts + 1 if before.reached == reached else 1
+        if attempts > ATTEMPTS:  # nobody was left to say how they ended
+            self._set_aside(order, f"{ATTEMPTS} attempts ended with everything being killed", before)
+            return
+        self.jobs.write_trouble(job.id, order.stage, replace(before, attempts=attempts, reached=reached))
+        work = self.works[order.id]
+        number = {"denoise": work.denoised + 1, "decode": work.done + 1}
+        place = f" {number[order.stage]}/{work.wanted}" if order.stage in number else ""
+        slot.order, slot.run, slot.label = order, job.run, f"{order.stage} {job.run}{place}"
+        slot.failures, slot.hung, slot.told = [], False, time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it is dead, as will be seen
+            worker.send(_command(self.jobs.run(job), job, order, self.terms))
+
+    def _release(self, slot: Slot) -> int:
+        """Ends a slot's worker; its memory is back afterwards. Returns its exit code."""
+        code = slot.worker.close() if slot.worker else 0
+        slot.worker = None
+        self.terminal.close(slot.line)
+        return code
+
+    # -- what comes of them
+
+    def _heard(self, slot: Slot, event: Ready | Progress | Said) -> None:
+        if isinstance(event, Ready):
+            self.starts_failed = 0
+        elif isinstance(event, Said):
+            if event.line.startswith("failed: "):
+                slot.failures.append(event.line.removeprefix("failed: "))
+            self.terminal.notice(f"{slot.run}: {event.line}")
+        elif slot.worker:
+            now = time.monotonic()
+            if event.done and slot.loading is None:
+                slot.loading = now - slot.worker.started
+            self.terminal.report(slot.label, event.done, event.total, slot.line)
+            if not self.terminal.is_live() and now - slot.told > LOG_SECONDS:
+                slot.told = now
+                self.terminal.notice(f"{slot.label}: {event.done} of {event.total}")
+
+    def _answered(self, slot: Slot, answer: Answer) -> None:
+        order, slot.order = slot.order, None
+        if order is None:
+            return
+        if answer.outcome == "refused" and order.stage == "encode":
+            self._set_aside(order, answer.message, Trouble())
+        elif answer.outcome in ("refused", "some_failed"):
+            self._give_up(order, slot.failures or [answer.message])
+        elif answer.outcome == "busy":
+            self._uncount(order)
+            self.not_before[order.id] = time.monotonic() + BUSY_SECONDS
+        elif answer.outcome == "environment" and answer.errno in NO_SPACE:
+            self._uncount(order)
+            self.pause()
+        elif answer.outcome == "environment":
+            self._failed(order, answer.message, slot.label, slot.worker)
+        elif answer.outcome == "interrupted":
+            self._uncount(order)
+        self.look(order.id)
+
+    def _died(self, slot: Slot) -> None:
+        worker, order, hung = slot.worker, slot.order, slot.hung
+        slot.order = None
+        code = self._release(slot)
+        why = f"no progress for {self.terms.hang:.0f} s" if hung else how_it_ended(code)
+        if self.stopping:
+            if order:
+                self._uncount(order)
+        elif order:
+            self._failed(order, why, slot.label, worker)
+        elif worker and not worker.ready:
+            self.starts_failed += 1
+            if self.starts_failed >= STARTS:
+                last = worker.log[-1] if worker.log else why
+                raise UserError(f"{worker.stage} cannot start: {last}")
+        if order:
+            self.look(order.id)
+
+    def _failed(self, order: plan.Order, why: str, label: str, worker: Worker | None) -> None:
+        """An attempt brought nothing."""
+        log = tuple(worker.log) if worker else ()
+        trouble = replace(self.jobs.read_trouble(order.id, order.stage), log=log)
+        if trouble.attempts >= ATTEMPTS:
+            self._set_aside(order, f"{ATTEMPTS} attempts failed, at last because {why}", trouble)
+            return
+        self.jobs.write_trouble(order.id, order.stage, trouble)
+        self.not_before[order.id] = time.monotonic() + RETRY_SECONDS * trouble.attempts
+        self.terminal.notice(f"{label}: {why}; attempt {trouble.attempts + 1} of {ATTEMPTS} follows")
+
+    def _set_aside(self, order: plan.Order, why: str, trouble: Trouble) -> None:
+        self.jobs.write_trouble(order.id, order.stage, replace(trouble, set_aside=why))
+        self.look(order.id)
+
+    def _uncount(self, order: plan.Order) -> None:
+        """It was not the job's fault."""
+        trouble = self.jobs.read_trouble(order.id, order.stage)
+        self.jobs.write_trouble(order.id, order.stage, replace(trouble, attempts=max(0, trouble.attempts - 1)))
+
+    def _give_up(self, order: plan.Order, reasons: list[str]) -> None:
+        """What an order was to make and did not will not be tried again; the job's other pictures are made."""
+        work = self.look(order.id)
+        missing = set(work.next.get(order.stage, ())) if work else set()
+        trouble = self.jobs.read_trouble(order.id, order.stage)
+        given_up = dict(trouble.given_up)
+        for place, picture in enumerate(each for each in order.pictures if each in missing):
+            given_up[plan.picture_key(picture)] = reasons[min(place, len(reasons) - 1)]
+        self.jobs.write_trouble(order.id, order.stage, replace(trouble, attempts=0, given_up=tuple(given_up.items())))
+
+
+def _command(run: Path, job: Job, order: plan.Order, terms: Terms) -> Order:
+    """An order as a command line of `qwen-stage`."""
+    model, dtype = f"--model={job.model}", f"--dtype={job.dtype}"
+    if order.stage == "encode":
+        truncate = ["--truncate"] if terms.truncate else []
+        entries = to_jsonl([Entry.of(prompt) for prompt in job.prompts]).decode()
+        return Order(["encode", "-", "--format=jsonl", f"--out={run}", model, dtype, *truncate], entries)
+    if order.stage == "denoise":
+        wanted = to_jsonl(list(order.pictures)).decode()
+        return Order(["denoise", f"--embeddings={run}", "--items=-", model, dtype], wanted)
+    keys = "".join(f"{key}\n" for key in order.pictures)
+    return Order(["decode", "--items=-", model, f"--dtype={job.decode_dtype}", "--", str(run)], keys)
+
+
+def _available_memory() -> int:
+    """Bytes that may be taken without swapping; 0 where nothing says so, or where it is not the GPU's."""
+    from stages.checkpoint import has_cuda
+
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return 0 if has_cuda() else int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0

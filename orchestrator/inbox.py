@@ -1,0 +1,258 @@
+"""The drop folder: what lies in it, what of that is a whole drop, and where drops go.
+
+    inbox/<anywhere>/foo.txt       a drop: .txt, .toml, .jsonl or a .png of ours, `foo.png.toml` beside that changes it
+    inbox/.claimed/<id>-foo.txt    taken in, its job still open
+    inbox/done/foo.txt             its job is done
+    inbox/failed/foo.txt           it failed; foo.txt.reason.txt says why
+
+Nobody can know that a copy is complete: what has not changed for a while (size, time and inode) is claimed by a rename,
+and looked at once more afterwards. Hidden and temporary names are others' business; links and the like are refused.
+"""
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from artifacts_schema import disk
+from artifacts_schema.errors import UserError
+
+SUFFIXES = (".txt", ".toml", ".jsonl", ".png")
+CHANGES_SUFFIX = ".png.toml"  # beside a picture: what is to be other when it is made again
+REASON_SUFFIX = ".reason.txt"
+CLAIMED, DONE, FAILED = ".claimed", "done", "failed"
+SETTLE_SECONDS = 1.0
+EMPTY_FACTOR = 10  # times longer for empty files: many a copy begins as one
+MAX_NAME_BYTES = 200  # of a claimed drop: its id and what may be put behind it must fit as well
+ID_LENGTH = 16
+LEFTOVER_SECONDS = 3600
+
+Notice = Callable[[str], None]
+Signature = tuple[int, int, int]  # size, time of change in ns, inode
+
+
+class Claim(NamedTuple):
+    """A drop that was taken in. Its id is the time of that, in hexadecimal nanoseconds."""
+
+    id: str
+    path: Path
+    changes: Path | None  # the TOML beside a picture
+
+    @property
+    def name(self) -> str:
+        return self.path.name[ID_LENGTH + 1 :]
+
+
+class Inbox:
+    def __init__(self, directory: Path, settle: float, notice: Notice) -> None:
+        """`settle`: seconds that a drop must not have changed."""
+        self.directory = directory
+        self.claimed, self.done, self.failed = (directory / name for name in (CLAIMED, DONE, FAILED))
+        self.settle = settle
+        self.notice = notice
+        self.seen: dict[Path, tuple[Signature, float]] = {}  # since when (monotonic) it looks like that
+        self.told: set[str] = set()
+        self.last_id = 0
+
+    def claim(self) -> bool:
+        """Takes in what has settled; whatever has not is looked at again later. Returns whether there is such."""
+        try:
+            drops = self._drops()
+        except FileNotFoundError:
+            self._tell_once(f"{self.directory} is gone; waiting for it to come back")
+            return False
+        self.told.discard(f"{self.directory} is gone; waiting for it to come back")
+        now = time.monotonic()
+        taken = {path: since for path, since in self.seen.items() if path.parent == self.claimed}
+        self.seen = taken | {path: self._since(path, signature, now) for path, signature in drops.items()}
+        settled = [path for path in drops if self._is_settled(path, now)]
+        pictures = {path.name for path in settled if path.suffix.lower() == ".png"}
+        claimed = False
+        for path in sorted(settled, key=lambda path: (self.seen[path][0][1], path)):
+            if path.name.lower().endswith(CHANGES_SUFFIX):
+                if path.with_suffix("").name not in pictures:
+                    self._tell_once(f"{path} waits for its picture {path.with_suffix('').name}")
+                continue
+            changes = path.with_name(f"{path.name}.toml")
+            if changes in drops and changes not in settled:
+                continue
+            claimed |= self._claim(path, changes if changes in drops else None)
+        if claimed:  # before a job is made of it: or, after a power cut, the drop would be back and be made again
+            disk.sync(self.claimed)
+        return any(path in self.seen for path in drops if not path.name.lower().endswith(CHANGES_SUFFIX))
+
+    def claims(self) -> list[Claim]:
+        """All drops that were taken in, as they came."""
+        try:
+            names = sorted(path.name for path in self.claimed.iterdir())
+        except FileNotFoundError:
+            return []
+        claims = []
+        for name in names:
+            id, path = name[:ID_LENGTH], self.claimed / name
+            changes = self.claimed / f"{name}.toml"
+            if name.lower().endswith(CHANGES_SUFFIX):
+                if not (self.claimed / name.removesuffix(name[-5:])).exists():
+                    self._put_back(path)  # a kill came between it and its picture
+            elif len(name) > ID_LENGTH + 1 and not name.startswith("."):
+                claims.append(Claim(id, path, changes if os.path.lexists(changes) else None))
+        return claims
+
+    def is_whole(self, claim: Claim) -> bool:
+        """Whether a claimed drop is still as it was; one that is still written to is given its time again."""
+        return all(self._is_claimed_settled(path) for path in (claim.path, claim.changes) if path)
+
+    def put_away(self, claim: Claim, reason: str = "") -> None:
+        """Moves a claimed drop to where it ends, with the reason beside it if it failed."""
+        directory = self.failed if reason else self.done
+        disk.make_directory(directory)
+        names = _numbered(claim.name)
+        if reason:
+            name = next(name for name in names if not os.path.lexists(directory / name))
+            disk.publish(directory, _beside(name), f"{reason}\n".encode())
+            names = iter([name])
+        self.seen.pop(claim.path, None)
+        if claim.changes:
+            self.seen.pop(claim.changes, None)
+            with contextlib.suppress(FileNotFoundError):
+                disk.move(claim.changes, directory, _numbered(f"{claim.name}.toml"))
+        with contextlib.suppress(FileNotFoundError):
+            disk.move(claim.path, directory, names)
+
+    def _drops(self) -> dict[Path, Signature]:
+        """What lies in the inbox and may be drops; what can be none is refused or left alone."""
+        found: dict[Path, Signature] = {}
+        folders = [self.directory]
+        while folders:
+            folder = folders.pop()
+            try:
+                entries = list(os.scandir(folder))
+            except OSError as error:
+                if folder == self.directory and isinstance(error, FileNotFoundError):
+                    raise
+                self._tell_once(f"{folder}: {error.strerror}")
+                continue
+            for entry in entries:
+                path = folder / entry.name
+                if entry.name.startswith(disk.TEMPORARY):
+                    self._forget_if_old(path)
+                if entry.name.startswith(".") or (folder == self.directory and entry.name in (DONE, FAILED)):
+                    continue
+                with contextlib.suppress(OSError, UserError):  # it went meanwhile
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                    elif path.suffix.lower() not in SUFFIXES or entry.name.endswith(REASON_SUFFIX):
+                        self._tell_once(f"{path} is left alone: it is no .txt, .toml, .jsonl or .png")
+                    elif entry.is_file(follow_symlinks=False):
+                        found[path] = _signature(entry.stat(follow_symlinks=False))
+                    else:
+                        self._refuse(path, "it is a link or something else that is no file; drop the file itself")
+        return found
+
+    def _since(self, path: Path, signature: Signature, now: float) -> tuple[Signature, float]:
+        before = self.seen.get(path)
+        return before if before and before[0] == signature else (signature, now)
+
+    def _is_settled(self, path: Path, now: float) -> bool:
+        (size, _, _), since = self.seen[path]
+        return now - since >= self.settle * (1 if size else EMPTY_FACTOR)
+
+    def _claim(self, path: Path, changes: Path | None) -> bool:
+        self.last_id = max(time.time_ns(), self.last_id + 1)
+        id = f"{self.last_id:0{ID_LENGTH}x}"
+        target = self.claimed / f"{id}-{_cut(path.name)}"
+        try:
+            disk.make_directory(self.claimed)
+            if changes:
+                changes.rename(target.with_name(f"{target.name}.toml"))
+                self._follow(changes, target.with_name(f"{target.name}.toml"))
+            path.rename(target)
+            self._follow(path, target)
+        except FileNotFoundError:
+            return False  # renamed or removed by whoever dropped it
+        except (OSError, UserError) as error:
+            self._tell_once(f"cannot take in {path}: {getattr(error, 'strerror', None) or error}")
+            return False
+        with contextlib.suppress(OSError):
+            disk.sync(path.parent)
+        return True
+
+    def _follow(self, path: Path, target: Path) -> None:
+        self.seen[target] = self.seen.pop(path)
+
+    def _is_claimed_settled(self, path: Path) -> bool:
+        now = time.monotonic()
+        try:
+            signature = _signature(path.lstat())
+        except OSError:
+            return True  # reading it will say what is wrong
+        self.seen[path] = self._since(path, signature, now)  # after a restart from now on
+        return self._is_settled(path, now)
+
+    def _forget_if_old(self, path: Path) -> None:
+        """What a `submit` that was killed has left."""
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+                disk.remove(path)
+
+    def _put_back(self, changes: Path) -> None:
+        with contextlib.suppress(OSError):
+            disk.move(changes, self.directory, _numbered(changes.name[ID_LENGTH + 1 :]))
+
+    def _refuse(self, path: Path, reason: str) -> None:
+        disk.make_directory(self.failed)
+        name = next(name for name in _numbered(_cut(path.name)) if not os.path.lexists(self.failed / name))
+        disk.publish(self.failed, _beside(name), f"{reason}\n".encode())
+        disk.move(path, self.failed, [name])
+        self.notice(f"{path} failed: {reason}")
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self.told:
+            self.told.add(line)
+            self.notice(line)
+
+
+def submit(path: Path, inbox: Path) -> Path:
+    """Puts a copy of a file into an inbox, whole at once and in nobody's place. Returns where it is."""
+    from artifacts_schema.store import MAX_FILE_BYTES
+
+    if not path.name.lower().endswith(SUFFIXES):
+        raise UserError(f"{path} is no .txt, .toml, .jsonl or .png file")
+    try:
+        data = disk.read(path.resolve(), MAX_FILE_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not inbox.is_dir():
+        raise UserError(f"{inbox} is no folder; start `qwen-stage watch {inbox}` first")
+    return inbox / disk.publish_new(inbox, _numbered(path.name), data)
+
+
+def _signature(info: os.stat_result) -> Signature:
+    if not stat.S_ISREG(info.st_mode):
+        raise FileNotFoundError
+    return info.st_size, info.st_mtime_ns, info.st_ino
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """foo.txt, foo-2.txt, foo-3.txt, …"""
+    suffix = name[-len(CHANGES_SUFFIX) :] if name.lower().endswith(CHANGES_SUFFIX) else Path(name).suffix
+    stem = name.removesuffix(suffix)
+    yield name
+    yield from (f"{stem}-{again}{suffix}" for again in count(2))
+
+
+def _cut(name: str) -> str:
+    """A name that is short enough for something more, its suffix kept."""
+    suffix = Path(name).suffix
+    stem = name.removesuffix(suffix)
+    while len(os.fsencode(stem + suffix)) > MAX_NAME_BYTES:
+        stem = stem[:-1]
+    return stem + suffix
+
+
+def _beside(name: str) -> str:
+    return f"{name}{REASON_SUFFIX}"

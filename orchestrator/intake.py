@@ -1,0 +1,117 @@
+"""A drop -> a job: reads it once, understands it, and fills in what it leaves open."""
+
+import hashlib
+import unicodedata
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from artifacts_schema import disk, keys
+from artifacts_schema.errors import UserError
+from artifacts_schema.jobs import Job
+from artifacts_schema.manifests import Dtype, Recipe
+from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts
+from orchestrator.inbox import Claim
+from orchestrator.inspect import read_recipe
+from stages.checkpoint import Checkpoint, default_dtype, open_checkpoint
+from stages.decode import DEFAULT_DTYPE
+from stages.encode import DEFAULT_NEGATIVE_PROMPT
+
+MAX_DROP_BYTES = 16 << 20  # of prompts; they are held in memory
+MAX_RUN_NAME = 80
+
+Notice = Callable[[str], None]
+
+
+class Intake(NamedTuple):
+    """What is said for all drops of a watch."""
+
+    model: str | None
+    dtype: Dtype | None
+    notice: Notice
+
+    def job(self, claim: Claim, is_taken: Callable[[str], bool]) -> Job:
+        """The job of a claimed drop. `is_taken`: whether a run has that name. Raises UserError for what is no drop."""
+        source = claim.name.encode("utf-8", "replace").decode()  # Linux knows names that are no text
+        recipe, changes = None, b""
+        try:
+            if claim.path.suffix.lower() == ".png":
+                recipe = read_recipe(claim.path)
+                changes = disk.read(claim.changes, MAX_DROP_BYTES) if claim.changes else b""
+                sha256 = _sha256(claim.path)
+            else:
+                data = disk.read(claim.path, MAX_DROP_BYTES)
+                sha256 = keys.sha256(data)
+        except OSError as error:
+            raise UserError(f"{source}: {error.strerror}") from None
+        except UserError as error:
+            raise UserError(str(error).replace(str(claim.path), source)) from None
+        if recipe:
+            prompts = parse_changes(changes, _made(recipe, source), f"{source}.toml")
+            checkpoint = self._checkpoint(recipe, source)
+        else:
+            prompts = parse_prompts(data, claim.path.suffix.lower().removeprefix("."), source)
+            checkpoint = open_checkpoint(self.model)
+        return Job(
+            id=claim.id,
+            run=_run_name(claim.name, is_taken),
+            source=source,
+            sha256=sha256,
+            model=checkpoint.name,
+            dtype=self.dtype or (recipe.dtype if recipe else default_dtype()),
+            decode_dtype=(recipe.decode_dtype if recipe else None) or DEFAULT_DTYPE,
+            priority=max(prompt.priority for prompt in prompts),
+            prompts=tuple(dict.fromkeys(_whole(prompt) for prompt in prompts)),
+        )
+
+    def _checkpoint(self, recipe: Recipe, source: str) -> Checkpoint:
+        try:
+            checkpoint = open_checkpoint(self.model or recipe.model)
+        except UserError as error:
+            raise UserError(f"{source} was made with {recipe.model!r}; start `watch` with --model ({error})") from None
+        others = [name for name, found in recipe.fingerprints.items() if checkpoint.fingerprint(name) != found]
+        if others:
+            self.notice(f"{source} was made with another {' and '.join(others)}: this picture will be another")
+        return checkpoint
+
+
+def _made(recipe: Recipe, source: str) -> Entry:
+    if recipe.seed is None:
+        raise UserError(f"{source} was made from a file of noise; make it again with `qwen-stage run --like --noise`")
+    return Entry(
+        prompt=recipe.prompt,
+        negative_prompt=recipe.negative_prompt,
+        seed=recipe.seed,
+        size=f"{recipe.width}x{recipe.height}",
+        steps=recipe.num_inference_steps,
+        cfg=recipe.true_cfg_scale,
+    )
+
+
+def _whole(prompt: Prompt) -> Prompt:
+    """As `encode` will list it."""
+    negative = DEFAULT_NEGATIVE_PROMPT if prompt.negative_prompt is None else prompt.negative_prompt
+    return replace(prompt, negative_prompt=negative, priority=0)
+
+
+def _run_name(drop: str, is_taken: Callable[[str], bool]) -> str:
+    """A directory's name for a drop: its own without suffix, of letters, digits, dashes; or the next that is free."""
+    stem = Path(drop).stem
+    # letters, their marks, and numbers of any script
+    words = "".join(char if char in "_." or unicodedata.category(char)[0] in "LMN" else " " for char in stem).split()
+    name = "-".join(words)[:MAX_RUN_NAME].strip("-.") or "job"
+    while len(name.encode()) > 2 * MAX_RUN_NAME:
+        name = name[:-1]
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(name for name in names if not is_taken(name))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with disk.opened(path) as file:
+        for block in disk.blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
