@@ -108,6 +108,8 @@ class Inbox:
 
     def put_away(self, claim: Claim, reason: str = "") -> None:
         """Moves a claimed drop to where it ends, with the reason beside it if it failed."""
+        if not os.path.lexists(claim.path):
+            return
         directory = self.failed if reason else self.done
         disk.make_directory(directory)
         names = _numbered(claim.name)
