@@ -134,6 +134,7 @@ def _denoise(args: argparse.Namespace) -> int:
         batch_guidance=args.batch_guidance,
         noise=args.noise,
         keep_trajectory=args.keep_trajectory,
+        save_every_step=args.save_every_step,
         dtype=args.dtype,
         deferring=_deferred_interrupts,
         report=args.voice.report,
@@ -553,6 +554,8 @@ def _parser() -> argparse.ArgumentParser:
     denoise = commands.add_parser("denoise", parents=[writing, beginning, denoising], help="embeddings to latents")
     denoise.add_argument("--embeddings", type=_path, required=True, metavar="DIR", help="a run or its embeddings/")
     items_help = "make these and no others: JSON lines, as artifacts_schema/prompts.py has them; - is standard input"
+    save_help = "whatever that takes; else as often as 1%% of the time allows"
+    denoise.add_argument("--save-every-step", action="store_true", help=save_help)
     denoise.add_argument("--items", type=_path, metavar="FILE", help=items_help)
     denoise.set_defaults(command=_denoise)
 

@@ -230,7 +230,7 @@ class Dispatcher:
         slot.order, slot.run, slot.label = order, job.run, f"{order.stage} {job.run}{place}"
         slot.failures, slot.hung, slot.told = [], False, time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # it is dead, as will be seen
-            worker.send(_command(self.jobs.run(job), job, order, self.terms))
+            worker.send(_command(self.jobs.run(job), job, order, self.terms, again=attempts > 1))
 
     def _release(self, slot: Slot) -> int:
         """Ends a slot's worker; its memory is back afterwards. Returns its exit code."""
@@ -326,16 +326,17 @@ class Dispatcher:
         self.jobs.write_trouble(order.id, order.stage, replace(trouble, attempts=0, given_up=tuple(given_up.items())))
 
 
-def _command(run: Path, job: Job, order: plan.Order, terms: Terms) -> Order:
-    """An order as a command line of `qwen-stage`."""
+def _command(run: Path, job: Job, order: plan.Order, terms: Terms, again: bool) -> Order:
+    """An order as a command line of `qwen-stage`; `again`: after an attempt that brought nothing."""
     model, dtype = f"--model={job.model}", f"--dtype={job.dtype}"
     if order.stage == "encode":
         truncate = ["--truncate"] if terms.truncate else []
         entries = to_jsonl([Entry.of(prompt) for prompt in job.prompts]).decode()
         return Order(["encode", "-", "--format=jsonl", f"--out={run}", model, dtype, *truncate], entries)
     if order.stage == "denoise":
+        save = ["--save-every-step"] if again else []
         wanted = to_jsonl(list(order.pictures)).decode()
-        return Order(["denoise", f"--embeddings={run}", "--items=-", model, dtype], wanted)
+        return Order(["denoise", f"--embeddings={run}", "--items=-", model, dtype, *save], wanted)
     keys = "".join(f"{key}\n" for key in order.pictures)
     return Order(["decode", "--items=-", model, f"--dtype={job.decode_dtype}", "--", str(run)], keys)
 

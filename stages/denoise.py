@@ -81,6 +81,7 @@ def denoise(
     batch_guidance: bool = False,
     noise: Path | None = None,
     keep_trajectory: bool = False,
+    save_every_step: bool = False,
     dtype: str | None = None,
     deferring: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
     report: Report,
@@ -90,9 +91,9 @@ def denoise(
 
     `overrides` come before the prompts' own settings, those before the checkpoint's defaults; what is `wanted` says
     all of that itself. Finished pictures are published one batch at a time and never lost; an unfinished one goes on
-    from its last checkpoint and ends as if it had never stopped. Within `deferring()`, when what that yields turns
-    true, the step is finished and saved, then KeyboardInterrupt raised. Returns the latents directory and what failed,
-    a line each.
+    from its last checkpoint and ends as if it had never stopped; with `save_every_step` that is its last step. Within
+    `deferring()`, when what that yields turns true, the step is finished and saved, then KeyboardInterrupt raised.
+    Returns the latents directory and what failed, a line each.
     """
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
 
@@ -142,7 +143,7 @@ def denoise(
                     prompts,
                     compute,
                     batch_guidance,
-                    Checkpoints(trajectories, keep, interrupted),
+                    Checkpoints(trajectories, keep, save_every_step, interrupted),
                     partial(report, label),
                     partial(_say_resumed, notice, label),
                 )
@@ -246,8 +247,11 @@ class Latents:
 class Checkpoints:
     """Saves a batch's latents as it goes on: all steps of a kept trajectory, else as often as 1% of time allows."""
 
-    def __init__(self, trajectories: list[Trajectory], keep: bool, interrupted: Callable[[], bool]):
+    def __init__(
+        self, trajectories: list[Trajectory], keep: bool, every_step: bool, interrupted: Callable[[], bool]
+    ) -> None:
         self.trajectories, self.keep, self.interrupted = trajectories, keep, interrupted
+        self.share = float("inf") if every_step else CHECKPOINT_SHARE
         self.saved_at = time.monotonic()
         self.saving_took = FIRST_SAVE_SECONDS
 
@@ -258,7 +262,7 @@ class Checkpoints:
     def after(self, step: int, last: bool, latents: "Callable[[], list[np.ndarray]]") -> None:
         """Called after every step (0: before the first). Raises KeyboardInterrupt once saved, if that is wanted."""
         stop = self.interrupted()
-        due = time.monotonic() - self.saved_at >= self.saving_took / CHECKPOINT_SHARE
+        due = time.monotonic() - self.saved_at >= self.saving_took / self.share
         if self.keep or stop or (due and step > 0 and not last):
             self._save(step, latents())
         if stop:

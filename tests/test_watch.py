@@ -174,7 +174,9 @@ def test_a_worker_that_is_killed_is_started_again(shop):
     assert shop.watch() == EXIT_DONE
     assert len(shop.pictures("a")) == 3
     for stage in STAGES:
-        assert any(line.startswith(f"{stage} a") and "SIGKILL (out of memory?)" in line for line in shop.lines), shop.lines
+        assert any(line.startswith(f"{stage} a") and "SIGKILL (out of memory?)" in line for line in shop.lines), (
+            shop.lines
+        )
 
 
 @pytest.mark.parametrize("stage", STAGES)
