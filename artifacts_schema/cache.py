@@ -4,6 +4,7 @@
     embeddings/ab/cdef….json          its record: written last, it makes the entry exist
     latents/ab/cdef….zarr/            and so on
     images/ab/cdef….png
+    previews/<fingerprint>.json       what stages/preview.py has learned of a VAE; a few kB, never trimmed
     damaged/                          what did not match its record, set aside
 
 A key names everything that determines the content; whatever is taken from here is compared with its record, and
@@ -22,9 +23,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from artifacts_schema import arrays, disk, store
 from artifacts_schema.errors import Unreadable, UserError
-from artifacts_schema.manifests import Embedding, File, ImageItem, LatentsItem, Record
+from artifacts_schema.manifests import Embedding, File, ImageItem, LatentsItem, Record, Sha256
 
 DAMAGED = "damaged"
+PREVIEWS = "previews"
 SETTING_LIMIT = "QWEN_STAGE_CACHE_SIZE"
 DEFAULT_LIMIT = "20GB"
 MAX_RECORD_BYTES = 1 << 20
@@ -58,6 +60,14 @@ EMBEDDINGS = Kind("embeddings", CacheRecord[Embedding], ".safetensors")
 LATENTS = Kind("latents", CacheRecord[LatentsItem], ".zarr")
 IMAGES = Kind("images", CacheRecord[ImageItem], ".png")
 KINDS = (EMBEDDINGS, LATENTS, IMAGES)
+
+
+class Moments(Record, frozen=True, kw_only=True):
+    """The sums from which a VAE's previews are solved."""
+
+    vae: Sha256  # its fingerprint
+    moments: tuple[tuple[float, ...], ...]
+    checksum: str = ""
 
 
 class Entry(NamedTuple):
@@ -116,6 +126,23 @@ def put(kind: Kind[Item], key: str, item: Item, content: disk.Content) -> None:
         disk.publish(data.parent, data.name, content, inherit=True)
         entry = CacheRecord(key=key, item=item, files=store.describe(data.name, content))
         disk.publish(record.parent, record.name, store.seal(entry, kind.record), inherit=True)
+
+
+def find_moments(vae: str) -> tuple[tuple[float, ...], ...] | None:
+    """None if there are none, or they are damaged: the next `put_moments` replaces them."""
+    with contextlib.suppress(OSError, UserError, ValueError):
+        record: Moments = store.unseal(disk.read(root() / PREVIEWS / f"{vae}.json", MAX_RECORD_BYTES), Moments)
+        if record.vae == vae:
+            return record.moments
+    return None
+
+
+def put_moments(vae: str, moments: tuple[tuple[float, ...], ...]) -> None:
+    """A cache that cannot be written to is no error."""
+    with contextlib.suppress(OSError):
+        _make_shared(root() / PREVIEWS)
+        record = store.seal(Moments(vae=vae, moments=moments), Moments)
+        disk.publish(root() / PREVIEWS, f"{vae}.json", record, inherit=True)
 
 
 @contextlib.contextmanager
@@ -203,6 +230,7 @@ def _shelved(kind: Kind) -> Iterator[Path]:
 def _leftovers() -> Iterator[Path]:
     """Temporary files, data without a record, and what was set aside."""
     yield from _own(root() / DAMAGED)
+    yield from (path for path in _own(root() / PREVIEWS) if path.name.startswith(disk.TEMPORARY))
     for kind in KINDS:
         for path in _shelved(kind):
             if path.name.startswith(disk.TEMPORARY) or not path.with_suffix(".json").exists():

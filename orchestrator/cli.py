@@ -135,6 +135,7 @@ def _denoise(args: argparse.Namespace) -> int:
         noise=args.noise,
         keep_trajectory=args.keep_trajectory,
         save_every_step=args.save_every_step,
+        preview=args.preview,
         dtype=args.dtype,
         deferring=_deferred_interrupts,
         report=args.voice.report,
@@ -164,6 +165,13 @@ def _decode(args: argparse.Namespace) -> int:
     for picture in pictures:
         print(picture)
     return EXIT_SOME_FAILED if failures else EXIT_DONE
+
+
+def _fit_preview(args: argparse.Namespace) -> int:
+    from stages.preview import fit_made_up
+
+    fit_made_up(args.model)
+    return EXIT_DONE
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -557,12 +565,17 @@ def _parser() -> argparse.ArgumentParser:
     save_help = "whatever that takes; else as often as 1%% of the time allows"
     denoise.add_argument("--save-every-step", action="store_true", help=save_help)
     denoise.add_argument("--items", type=_path, metavar="FILE", help=items_help)
+    preview_help = "keep a small WEBP here of how the picture looks by now that is being denoised"
+    denoise.add_argument("--preview", type=_path, metavar="FILE", help=preview_help)
     denoise.set_defaults(command=_denoise)
 
     decode = commands.add_parser("decode", parents=[writing], help="latents to PNG")
     decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")
     decode.add_argument("--items", type=_path, metavar="FILE", help="only the latents with these keys, one a line")
     decode.set_defaults(command=_decode)
+
+    fit_preview = commands.add_parser("fit-preview", parents=[common])  # no help: it is for orchestrators
+    fit_preview.set_defaults(command=_fit_preview)
 
     rerun = commands.add_parser("rerun", parents=[common, denoising], help="repair a run, or make it again otherwise")
     add = rerun.add_argument

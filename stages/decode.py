@@ -24,6 +24,7 @@ from artifacts_schema.manifests import (
 )
 from stages.checkpoint import Checkpoint, load_model, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
+from stages.preview import Fit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,14 +78,18 @@ def decode(
             from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 
             report("decode", 0, len(todo))
+            fit = Fit.of(checkpoint)
             vae = load_model(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype)
         for number, key in enumerate(todo, 1):
             watch = Stopwatch()
-            pixels = _pixels(vae, store.read_latents(source, images.wanted[key]))
+            normalized = store.read_latents(source, images.wanted[key])
+            pixels = _pixels(vae, normalized)
+            fit.add(normalized, pixels)
             images.add(key, _png(pixels, images.recipe(key)), watch)
             images.publish()  # after every picture, so that an interruption loses none
             report("decode", number, len(todo))
     if todo:
+        fit.store()
         cache.trim(cache_limit)
     return images.paths(), failures
 

@@ -30,6 +30,7 @@ from artifacts_schema.prompts import NO_GUIDANCE, Wanted, check_settings, resolv
 from artifacts_schema.trajectory import Trajectory, resume
 from stages.checkpoint import Checkpoint, default_dtype, load_model, mlx_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
+from stages.preview import Preview
 from stages.scheduler import SchedulerConfig
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def denoise(
     noise: Path | None = None,
     keep_trajectory: bool = False,
     save_every_step: bool = False,
+    preview: Path | None = None,
     dtype: str | None = None,
     deferring: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
     report: Report,
@@ -93,6 +95,7 @@ def denoise(
     all of that itself. Finished pictures are published one batch at a time and never lost; an unfinished one goes on
     from its last checkpoint and ends as if it had never stopped; with `save_every_step` that is its last step. Within
     `deferring()`, when what that yields turns true, the step is finished and saved, then KeyboardInterrupt raised.
+    `preview` is a file that shows the picture as it is being denoised, if something was decoded with the VAE before.
     Returns the latents directory and what failed, a line each.
     """
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
@@ -128,6 +131,7 @@ def denoise(
             return directory, []
         prompts = _load_embeddings(source, manifest, todo, config)
         transformer = load_model(checkpoint, "transformer", QwenImageTransformer2DModel, TransformerConfig, dtype)
+        live = Preview.of(preview, checkpoint) if preview else None
         failures, begun = [], 0
         for group in _batches(todo, batch):
             watch = Stopwatch()
@@ -135,7 +139,7 @@ def denoise(
             label = f"denoise {begun}/{len(todo)}"
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
             keep = any(job.key in latents.with_steps for job in group)
-            with deferring() as interrupted:
+            with deferring() as interrupted, live or nullcontext():
                 results = _denoise_batch(
                     transformer,
                     schedule,
@@ -146,6 +150,7 @@ def denoise(
                     Checkpoints(trajectories, keep, save_every_step, interrupted),
                     partial(report, label),
                     partial(_say_resumed, notice, label),
+                    live,
                 )
             cost = watch.cost(pictures=len(group))
             for job, result, trajectory in zip(group, results, trajectories, strict=True):
@@ -401,6 +406,7 @@ def _denoise_batch(
     checkpoints: Checkpoints,
     step_done: Callable[[int, int], None],
     resumed_after: Callable[[int], None],
+    preview: Preview | None,
 ) -> "list[np.ndarray]":
     """The final latents [C, h, w] of each job, float32. The jobs share size, steps and guidance."""
     import mlx.core as mx
@@ -452,6 +458,9 @@ def _denoise_batch(
         mx.eval(latents)
         step_done(i + 1, steps)
         checkpoints.after(i + 1, i + 1 == steps, unpacked)
+        if preview and preview.is_due():  # where a straight line from here would end
+            final = latents[:1] - sigmas[i + 1] * velocity[:1]
+            preview.show(np.array(unpack_latents(final, height, width))[0])
     return unpacked()
 
 
