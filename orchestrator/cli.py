@@ -366,11 +366,13 @@ def _work(args: argparse.Namespace) -> int:
 
 
 def _gallery(args: argparse.Namespace) -> int:
-    from orchestrator import gallery
+    from orchestrator import gallery, outbox
 
     if args.sheet:
         gallery.sheet(args.run, args.sheet, args.voice.report)
-    print(args.sheet or gallery.write(args.run, args.voice.report))
+        print(args.sheet)
+    else:
+        print((outbox if outbox.is_outbox(args.run) else gallery).write(args.run, args.voice.report))
     return EXIT_DONE
 
 
@@ -622,8 +624,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--verify", action="store_true", help="read every file and compare it with its manifest")
     inspect.set_defaults(command=_inspect, debug=False)
 
-    gallery = commands.add_parser("gallery", help="a page of a run's pictures, to look at in a browser")
-    gallery.add_argument("run", type=_path, metavar="RUN", help="a run or its images/")
+    gallery = commands.add_parser("gallery", help="a page of a run's or an outbox's pictures, for a browser")
+    gallery.add_argument("run", type=_path, metavar="RUN", help="a run, its images/, or an outbox")
     gallery.add_argument("--sheet", type=_path, metavar="PNG", help="instead, all of them in one picture")
     gallery.set_defaults(command=_gallery, debug=False)
 

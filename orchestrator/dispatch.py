@@ -52,6 +52,7 @@ class Slot:
         self.run = self.label = ""
         self.failures: list[str] = []  # that the worker told of, of this order
         self.hung = False
+        self.prepares = False  # the order's preview, before the order itself
         self.loading: float | None = None  # seconds from the worker's start to its first progress
         self.told = 0.0  # when the log last had a line on this order
 
@@ -85,6 +86,7 @@ class Dispatcher:
         self.full_until = 0.0
         self.is_full = False
         self.starts_failed = 0
+        self.can_preview: set[str] = set()  # models
         self.stopping = False
 
     def give(self) -> None:
@@ -230,7 +232,12 @@ class Dispatcher:
         slot.order, slot.run, slot.label = order, job.run, f"{order.stage} {job.run}{place}"
         slot.failures, slot.hung, slot.told = [], False, time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # it is dead, as will be seen
-            worker.send(_command(self.jobs.run(job), job, order, self.terms, again=attempts > 1))
+            if order.stage == "denoise" and job.model not in self.can_preview:
+                self.can_preview.add(job.model)
+                slot.prepares = True
+                worker.send(Order(["fit-preview", f"--model={job.model}"]))
+            else:
+                worker.send(_command(self.jobs, job, order, self.terms, again=attempts > 1))
 
     def _release(self, slot: Slot) -> int:
         """Ends a slot's worker; its memory is back afterwards. Returns its exit code."""
@@ -261,6 +268,10 @@ class Dispatcher:
         order, slot.order = slot.order, None
         if order is None:
             return
+        if slot.prepares:  # without a preview if it failed; the order itself comes next
+            slot.prepares = False
+            self._uncount(order)
+            return
         if answer.outcome == "refused" and order.stage == "encode":
             self._set_aside(order, answer.message, Trouble())
         elif answer.outcome in ("refused", "some_failed"):
@@ -279,7 +290,7 @@ class Dispatcher:
 
     def _died(self, slot: Slot) -> None:
         worker, order, hung = slot.worker, slot.order, slot.hung
-        slot.order = None
+        slot.order, slot.prepares = None, False
         code = self._release(slot)
         why = f"no progress for {self.terms.hang:.0f} s" if hung else how_it_ended(code)
         if self.stopping:
@@ -326,8 +337,9 @@ class Dispatcher:
         self.jobs.write_trouble(order.id, order.stage, replace(trouble, attempts=0, given_up=tuple(given_up.items())))
 
 
-def _command(run: Path, job: Job, order: plan.Order, terms: Terms, again: bool) -> Order:
+def _command(jobs: Jobs, job: Job, order: plan.Order, terms: Terms, again: bool) -> Order:
     """An order as a command line of `qwen-stage`; `again`: after an attempt that brought nothing."""
+    run = jobs.run(job)
     model, dtype = f"--model={job.model}", f"--dtype={job.dtype}"
     if order.stage == "encode":
         truncate = ["--truncate"] if terms.truncate else []
@@ -336,7 +348,10 @@ def _command(run: Path, job: Job, order: plan.Order, terms: Terms, again: bool) 
     if order.stage == "denoise":
         save = ["--save-every-step"] if again else []
         wanted = to_jsonl(list(order.pictures)).decode()
-        return Order(["denoise", f"--embeddings={run}", "--items=-", model, dtype, *save], wanted)
+        return Order(
+            ["denoise", f"--embeddings={run}", "--items=-", model, dtype, f"--preview={jobs.preview(job.id)}", *save],
+            wanted,
+        )
     keys = "".join(f"{key}\n" for key in order.pictures)
     return Order(["decode", "--items=-", model, f"--dtype={job.decode_dtype}", "--", str(run)], keys)
 

@@ -1,7 +1,7 @@
-"""The page people look at: a run's pictures with what made them, as one static HTML file and small thumbnails.
+"""The pages people look at: pictures with what made them, as a static HTML file and small thumbnails; here, a run's.
 
-It works from the disk alone, without a server, and loads nothing from elsewhere. Prompts are text of strangers: all of
-it is escaped, and isolated from the page's own direction of writing.
+A page works from the disk alone, without a server, and loads nothing from elsewhere. Prompts are text of strangers: all
+of it is escaped, and isolated from the page's own direction of writing.
 """
 
 import io
@@ -32,6 +32,7 @@ Report = Callable[[str, int, int], None]
 class Shown(NamedTuple):
     """A picture, the latents it came from if they are still known, its thumbnail's name, and its model."""
 
+    place: str  # of its directory, seen from the page: "", or "run/images/"
     image: ImageItem
     latents: LatentsItem | None
     thumbnail: str
@@ -42,8 +43,9 @@ def write(run: Path, report: Report) -> Path:
     """Writes a run's page and the thumbnails that are missing; the newest picture comes first. Returns the page."""
     directory = store.find(run, ImagesManifest)
     with store.writing(directory):
-        shown = list(_shown(directory, report))
-        disk.publish(directory, PAGE, _page(store.run_of(directory).resolve().name, shown).encode())
+        shown = list(_whole(directory, report))
+        name, count = store.run_of(directory).resolve().name, counted(len(shown), "picture")
+        disk.publish(directory, PAGE, page(name, count, cards(shown) or "<p>No pictures yet.</p>"))
     return directory / PAGE
 
 
@@ -53,7 +55,7 @@ def sheet(run: Path, path: Path, report: Report) -> None:
 
     directory = store.find(run, ImagesManifest)
     with store.writing(directory):
-        shown = list(_shown(directory, report))[::-1]
+        shown = list(_whole(directory, report))[::-1]
     if not shown:
         raise UserError(f"{directory} holds no pictures yet")
     columns = max(1, round(len(shown) ** 0.5))
@@ -80,20 +82,29 @@ def sheet(run: Path, path: Path, report: Report) -> None:
     disk.publish(path.parent, path.name, file.getvalue())
 
 
-def _shown(directory: Path, report: Report) -> Iterator[Shown]:
-    """The pictures of a run that are whole, newest first."""
+def _whole(directory: Path, report: Report) -> Iterator[Shown]:
     images, _ = store.read_manifest(directory, ImagesManifest)
+    return whole(directory, images, "", report)
+
+
+def whole(directory: Path, images: ImagesManifest, place: str, report: Report) -> Iterator[Shown]:
+    """The pictures of a run that are there and whole, newest first. Their thumbnails are there afterwards.
+
+    A picture was whole when its thumbnail was made, and is not read again.
+    """
     latents = store.read_manifest_if_any(store.run_of(directory) / LatentsManifest.kind, LatentsManifest)
     by_key = {item.key: item for item in latents.items} if latents else {}
     for number, image in enumerate(reversed(images.items), 1):
         thumbnail = f"{image.key}.webp"
+        if not (directory / image.file.path).is_file():
+            continue
         if not (directory / THUMBNAILS / thumbnail).is_file():
             if not store.is_whole(directory, (image.file,)):
                 continue  # `inspect --verify` says so
             disk.make_directory(directory / THUMBNAILS)
             disk.publish(directory / THUMBNAILS, thumbnail, _thumbnail(store.read_file(directory, image.file)))
         report("gallery", number, len(images.items))
-        yield Shown(image, by_key.get(image.latents_key), thumbnail, images.model.name)
+        yield Shown(place, image, by_key.get(image.latents_key), thumbnail, images.model.name)
 
 
 def _thumbnail(png: bytes) -> bytes:
@@ -106,9 +117,8 @@ def _thumbnail(png: bytes) -> bytes:
     return file.getvalue()
 
 
-def _page(title: str, shown: list[Shown]) -> str:
-    count = f"{len(shown)} picture{'' if len(shown) == 1 else 's'}"
-    cards = "\n".join(_card(each) for each in shown)
+def page(title: str, summary: str, main: str) -> bytes:
+    """A whole page. `main` is HTML, the others text."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -116,23 +126,34 @@ def _page(title: str, shown: list[Shown]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}: {count}</title>
+<title>{escape(title)}: {escape(summary)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1><p>{count}</p></header>
+<header><h1 dir="auto">{escape(title)}</h1><p>{escape(summary)}</p></header>
 <main>
-{cards or "<p>No pictures yet.</p>"}
+{main}
 </main>
-<dialog id="large"><img alt=""><p dir="auto"></p></dialog>
+<dialog id="large" aria-label="picture"><img alt=""><p dir="auto"></p></dialog>
 <script>{SCRIPT}</script>
 </body>
 </html>
-"""
+""".encode()
+
+
+def cards(shown: list[Shown], before: str = "") -> str:
+    """The pictures side by side, after other cards."""
+    inside = "\n".join(filter(None, [before, *map(_card, shown)]))
+    return inside and f'<div class="cards">\n{inside}\n</div>'
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 picture", "2,000 pictures"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _card(each: Shown) -> str:
-    image, latents = each.image, each.latents
+    image, latents, place = each.image, each.latents, quote(each.place)
     prompt = escape(image.prompt)
     facts = ["injected noise" if image.seed is None else f"seed {image.seed}"]
     if latents:
@@ -142,8 +163,8 @@ def _card(each: Shown) -> str:
     if latents and latents.negative_key and latents.negative_prompt.strip():
         facts.append(f"not: <bdi>{escape(latents.negative_prompt)}</bdi>")
     return (
-        f'<article><a href="{quote(image.file.path)}"><img src="{THUMBNAILS}/{each.thumbnail}" alt="{prompt}" '
-        f'loading="lazy" decoding="async"></a>\n'
+        f'<article><a href="{place}{quote(image.file.path)}">'
+        f'<img src="{place}{THUMBNAILS}/{each.thumbnail}" alt="{prompt}" loading="lazy" decoding="async"></a>\n'
         f'<p class="prompt" dir="auto">{prompt}</p>\n'
         f'<p class="facts">{escape(image.file.path[:4])} · {" · ".join(facts)}</p>\n'
         f'<p class="again"><code>{escape(shlex.join(_command(each)))}</code>'
@@ -155,7 +176,7 @@ def _command(each: Shown) -> list[str]:
     """What makes the picture again, from anywhere where its settings are known."""
     image, latents = each.image, each.latents
     if latents is None or image.seed is None:
-        return ["qwen-stage", "run", "--like", image.file.path]
+        return ["qwen-stage", "run", "--like", each.place + image.file.path]
     size = f"--size={latents.width}x{latents.height}"
     options = [size, f"--steps={latents.num_inference_steps}", f"--cfg={latents.true_cfg_scale:g}"]
     if latents.negative_key and latents.negative_prompt.strip():
@@ -165,19 +186,22 @@ def _command(each: Shown) -> list[str]:
 
 
 STYLE = """
-:root { --ink: #1b1b1f; --dim: #666670; --paper: #fbfbfd; --card: #fff; --line: #e3e3ea; }
+:root { --ink: #1b1b1f; --dim: #666670; --paper: #fbfbfd; --card: #fff; --line: #e3e3ea;
+  --good: #1c7c3c; --bad: #b3261e }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #ececf1; --dim: #9a9aa6; --paper: #131316; --card: #1d1d22; --line: #2e2e36; }
+  :root { --ink: #ececf1; --dim: #9a9aa6; --paper: #131316; --card: #1d1d22; --line: #2e2e36;
+    --good: #6cc486; --bad: #ff8a80 }
 }
 * { box-sizing: border-box; margin: 0 }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); padding: 1.2rem }
-header { display: flex; gap: 1rem; align-items: baseline; margin-bottom: 1rem }
-h1 { font-size: 1.3rem } header p, .facts { color: var(--dim) }
-main { display: grid; gap: 1rem; align-items: start;
+header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: baseline; margin-bottom: 1rem }
+h1 { font-size: 1.3rem } h2 { font-size: 1.05rem } h1, h2 { overflow-wrap: anywhere }
+header p, .facts { color: var(--dim) }
+.cards { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)) }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
   content-visibility: auto; contain-intrinsic-size: auto 24rem }
-article a { display: block; aspect-ratio: 1; background: var(--line); outline-offset: -3px }
+article a, .live div { display: block; aspect-ratio: 1; background: var(--line); outline-offset: -3px }
 article img { display: block; width: 100%; height: 100%; object-fit: contain }
 article p { padding: 0 .7rem; overflow-wrap: anywhere }
 .prompt { margin-top: .6rem; display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical;
@@ -192,6 +216,15 @@ dialog { border: 0; padding: 0; margin: auto; background: none; color: #fff; max
 dialog img { display: block; margin: auto; max-width: 96vw; max-height: 84vh }
 dialog p { padding: .6rem; text-align: center; max-height: 12vh; overflow: auto }
 dialog::backdrop { background: rgb(0 0 0 / .88) }
+section { border-top: 1px solid var(--line); padding: 1rem 0 1.4rem }
+section header { margin-bottom: .5rem }
+section .cards { margin-top: .8rem }
+.state { font-weight: 600 } .failed .state { color: var(--bad) }
+.live { border-style: dashed } .live .prompt { margin-bottom: .6rem; color: var(--dim) }
+progress { width: min(24rem, 100%); height: .6rem; accent-color: var(--good) }
+summary { cursor: pointer; min-height: 2rem; align-content: center; width: fit-content }
+pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow: auto;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .6rem }
 """
 
 SCRIPT = """
@@ -226,4 +259,37 @@ document.addEventListener('click', async event => {
   try { await navigator.clipboard.writeText(code.textContent); event.target.textContent = 'copied'; }
   catch { getSelection().selectAllChildren(code); }
 });
+// a picture that is being denoised: its preview comes, changes and goes
+for (const live of document.querySelectorAll('.live img')) {
+  const card = live.closest('article'), source = live.src;
+  live.addEventListener('load', () => { card.hidden = false; });
+  live.addEventListener('error', () => { card.hidden = true; });
+  setInterval(() => { if (!document.hidden) live.src = `${source}?${Date.now()}`; }, 2000);
+}
+// jobs that go on: the page comes anew unless somebody is busy with it, and what was looked at stays in its place
+const find = href => links.find(link => link.href === href);
+const topOf = link => link.parentElement.getBoundingClientRect().top;
+function again() {
+  const busy = large.open || !getSelection().isCollapsed || document.querySelector('details[open]');
+  if (document.hidden || busy) return;
+  const seen = scrollY && links.find(link => topOf(link) > 0);
+  history.scrollRestoration = 'manual';
+  history.replaceState(
+    {y: scrollY, seen: seen && seen.href, top: seen && topOf(seen), focused: document.activeElement.href}, '');
+  location.reload();
+}
+if (history.state) {
+  const {y, seen, top, focused} = history.state;
+  const there = find(seen);
+  const restore = () => scrollTo(0, there ? scrollY + topOf(there) - top : y);
+  history.replaceState(null, '');
+  restore();
+  find(focused)?.focus({preventScroll: true});
+  // and again when what is above has its real height; only then may the browser do it for itself again
+  addEventListener('load', () => requestAnimationFrame(() => {
+    restore();
+    setTimeout(() => { history.scrollRestoration = 'auto'; }, 500);
+  }));
+}
+if (document.querySelector('.open')) setInterval(again, 10000);
 """
