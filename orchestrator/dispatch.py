@@ -290,10 +290,11 @@ class Dispatcher:
 
     def _died(self, slot: Slot) -> None:
         worker, order, hung = slot.worker, slot.order, slot.hung
-        slot.order, slot.prepares = None, False
+        slot.order, prepared = None, slot.prepares
+        slot.prepares = False
         code = self._release(slot)
         why = f"no progress for {self.terms.hang:.0f} s" if hung else how_it_ended(code)
-        if self.stopping:
+        if self.stopping or prepared:
             if order:
                 self._uncount(order)
         elif order:

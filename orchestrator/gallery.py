@@ -212,7 +212,8 @@ code { font-size: .75rem; color: var(--dim); white-space: nowrap; overflow: hidd
   flex: 1; user-select: all }
 button { font: inherit; font-size: .8rem; color: inherit; background: none; border: 1px solid var(--line);
   border-radius: 6px; padding: .25rem .6rem; cursor: pointer; min-height: 2rem }
-dialog { border: 0; padding: 0; margin: auto; background: none; color: #fff; max-width: 96vw; max-height: 96vh }
+dialog { border: 0; outline: 0; padding: 0; margin: auto; background: none; color: #fff;
+  max-width: 96vw; max-height: 96vh }
 dialog img { display: block; margin: auto; max-width: 96vw; max-height: 84vh }
 dialog p { padding: .6rem; text-align: center; max-height: 12vh; overflow: auto }
 dialog::backdrop { background: rgb(0 0 0 / .88) }

@@ -39,7 +39,7 @@ def write(outbox: Path, report: Report) -> Path:
         report("gallery", number, len(ids))
     if made > shown >= MOST_PICTURES:
         sections.insert(0, f"<p>The newest {shown:,} pictures are shown.</p>")
-    summary = f"{counted(made, 'picture')} of {counted(len(ids), 'job')}"
+    summary = f"{counted(made, 'picture')} in {counted(len(ids), 'job')}"
     main = "\n".join(sections) or "<p>No jobs yet.</p>"
     disk.publish(outbox, PAGE, page(outbox.resolve().name, summary, main))
     return outbox / PAGE

@@ -109,7 +109,7 @@ def test_jobs_come_newest_first_with_how_far_they_are(qwen_stage, jobs):
     paint(jobs.run(going), TEXTS[:2], first=5)
     assert qwen_stage("gallery", "outbox").out == ["outbox/index.html"]
     found = page(jobs)
-    assert found.texts["title"] == ["outbox: 5 pictures of 4 jobs"]
+    assert found.texts["title"] == ["outbox: 5 pictures in 4 jobs"]
     assert found.texts["bdi"][::3] == ["late", "going", "failed & <b>", "done"]
     states = ["waiting, 1 picture", "in progress, 2 of 6 pictures", "failed, 0 pictures", "done, 3 pictures"]
     assert found.texts["state"] == states
@@ -118,7 +118,7 @@ def test_jobs_come_newest_first_with_how_far_they_are(qwen_stage, jobs):
     assert f"no luck: {HOSTILE}" in found.texts["p"]
     assert found.tags.count("progress") == found.tags.count("details") == found.tags.count("script") == 1
     (preview,) = (source for source in found.sources if source.startswith(".jobs"))
-    assert jobs.outbox / preview == jobs.preview(going)
+    assert jobs.outbox / preview == jobs.preview(going.id)
     assert all((jobs.outbox / unquote(source)).is_file() for source in found.sources if source != preview)
 
 
@@ -212,11 +212,11 @@ def busy(jobs) -> Jobs:
         end(jobs, done, pictures=9)
     reason = f"decode: {HOSTILE} was killed three times (out of memory?)"
     end(jobs, job(4, "شكل <i>&"), "failed", reason=reason, log=(HOSTILE, "Traceback", "MemoryError " * 30))
-    going = job(5, "shapes", *(Prompt(text, settings=Settings(seeds=tuple(range(4)))) for text in TEXTS))
+    going = job(5, "shapes", *(Prompt(text, settings=Settings(seeds=tuple(range(6)))) for text in TEXTS))
     paint(jobs.run(going), TEXTS, first=70)
     jobs.add(going)
     jobs.add(job(6, "later", *map(Prompt, TEXTS)))
-    disk.make_directory(jobs.preview(going).parent)
+    disk.make_directory(jobs.preview(going.id).parent)
     outbox.write(jobs.outbox, lambda *_: None)
     return jobs
 
@@ -232,7 +232,7 @@ def test_in_a_browser(busy, tmp_path):
     screenshots = Path(os.environ.get("QWEN_STAGE_SCREENSHOTS", tmp_path))
     with Browser() as browser:
         browser.open(busy.outbox / "index.html")
-        assert browser.run("return document.title") == "outbox: 30 pictures of 6 jobs"
+        assert browser.run("return document.title") == "outbox: 30 pictures in 6 jobs"
         shown = browser.run("return [...document.querySelectorAll('article a ~ .prompt')].map(p => p.textContent)")
         assert shown == TEXTS[::-1] * 10
         focused = "links.indexOf(document.activeElement)"

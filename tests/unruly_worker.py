@@ -61,6 +61,8 @@ def perform(arguments: list[str], voice: Voice) -> int:
     args = cli._parser().parse_args(arguments)
     args.voice = voice
     stage = args.command.__name__.removeprefix("_")
+    if stage == "fit_preview":
+        return args.command(args)
     run = args.out if stage == "encode" else args.embeddings if stage == "denoise" else args.latents
     for prompt in prompts_of(args):
         if found := re.search(rf"@{stage}:([a-z-]+)", prompt):
