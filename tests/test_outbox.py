@@ -222,7 +222,7 @@ def busy(jobs) -> Jobs:
 
 
 def show_preview(jobs: Jobs) -> Path:
-    path = jobs.preview(job(5, "shapes"))
+    path = jobs.preview(job(5, "shapes").id)
     Image.linear_gradient("L").resize((384, 256)).save(path, format="WEBP")
     return path
 
