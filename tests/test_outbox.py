@@ -230,6 +230,7 @@ def show_preview(jobs: Jobs) -> Path:
 @pytest.mark.skipif(not INSTALLED, reason="needs Debian's chromium and chromium-driver")
 def test_in_a_browser(busy, tmp_path):
     screenshots = Path(os.environ.get("QWEN_STAGE_SCREENSHOTS", tmp_path))
+    screenshots.mkdir(parents=True, exist_ok=True)
     with Browser() as browser:
         browser.open(busy.outbox / "index.html")
         assert browser.run("return document.title") == "outbox: 30 pictures in 6 jobs"
