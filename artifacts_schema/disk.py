@@ -110,6 +110,12 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def sweep(directory: Path) -> None:
+    """Removes what a kill left half-written; for the only one who writes there."""
+    for leftover in directory.glob(f"{TEMPORARY}*"):
+        remove(leftover)
+
+
 def make_directory(path: Path) -> None:
     """Makes a directory and its parents, durably. Raises UserError where that cannot be written to."""
     try:

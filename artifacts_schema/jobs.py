@@ -80,6 +80,10 @@ class Jobs:
     def stage(self, stage: str) -> Path:
         return self.outbox / JOBS / stage
 
+    def page(self) -> Path:
+        """A place for the lock of whoever writes the page."""
+        return self.outbox / JOBS / "page"
+
     def run(self, job: Job) -> Path:
         return self.outbox / job.run
 
@@ -124,12 +128,6 @@ class Jobs:
         disk.remove(self.preview(id))
         disk.remove(self.open / f"{id}.json")
         disk.sync(self.open)
-
-
-def sweep(directory: Path) -> None:
-    """Removes what a kill left half-written; for the only one who writes there."""
-    for leftover in directory.glob(f"{disk.TEMPORARY}*"):
-        disk.remove(leftover)
 
 
 def _ids(directory: Path) -> list[str]:

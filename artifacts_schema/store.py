@@ -347,8 +347,7 @@ def writing(directory: Path) -> Iterator[Path]:
             stack.enter_context(disk.lock(directory))
         except BlockingIOError:
             raise Busy(f"another qwen-stage is writing to {directory}; wait for it or choose --out") from None
-        for leftover in directory.glob(f"{disk.TEMPORARY}*"):
-            disk.remove(leftover)
+        disk.sweep(directory)
         yield directory
 
 

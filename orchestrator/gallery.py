@@ -101,8 +101,11 @@ def whole(directory: Path, images: ImagesManifest, place: str, report: Report) -
         if not (directory / THUMBNAILS / thumbnail).is_file():
             if not store.is_whole(directory, (image.file,)):
                 continue  # `inspect --verify` says so
-            disk.make_directory(directory / THUMBNAILS)
-            disk.publish(directory / THUMBNAILS, thumbnail, _thumbnail(store.read_file(directory, image.file)))
+            thumbnails = directory / THUMBNAILS
+            disk.make_directory(thumbnails)
+            with disk.lock(thumbnails, wait=True):
+                disk.sweep(thumbnails)
+                disk.publish(thumbnails, thumbnail, _thumbnail(store.read_file(directory, image.file)))
         report("gallery", number, len(images.items))
         yield Shown(place, image, by_key.get(image.latents_key), thumbnail, images.model.name)
 

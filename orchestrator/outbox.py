@@ -41,7 +41,10 @@ def write(outbox: Path, report: Report) -> Path:
         sections.insert(0, f"<p>The newest {shown:,} pictures are shown.</p>")
     summary = f"{counted(made, 'picture')} in {counted(len(ids), 'job')}"
     main = "\n".join(sections) or "<p>No jobs yet.</p>"
-    disk.publish(outbox, PAGE, page(outbox.resolve().name, summary, main))
+    disk.make_directory(jobs.page())
+    with disk.lock(jobs.page(), wait=True):
+        disk.sweep(outbox)
+        disk.publish(outbox, PAGE, page(outbox.resolve().name, summary, main))
     return outbox / PAGE
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from artifacts_schema import disk
 from artifacts_schema.errors import Busy, Unreadable, UserError
-from artifacts_schema.jobs import STAGES, Ended, Job, Jobs, sweep
+from artifacts_schema.jobs import STAGES, Ended, Job, Jobs
 from artifacts_schema.manifests import Dtype
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, plan
 from orchestrator.dispatch import NO_SPACE, Dispatcher, Terms
@@ -128,7 +128,7 @@ class Watch:
                 stack.enter_context(disk.lock(directory))
             except BlockingIOError:
                 raise Busy(f"another `qwen-stage watch` {does}; end that one first") from None
-            sweep(directory)
+            disk.sweep(directory)
 
         for stage in self.stages:
             lock(self.jobs.stage(stage), f"runs {stage} for {self.jobs.outbox}")
@@ -143,7 +143,7 @@ class Watch:
             lock(self.inbox.claimed, f"takes in what is dropped into {self.inbox.directory}")
             lock(self.jobs.open, f"adds jobs to {self.jobs.outbox}")
         with disk.lock(self.jobs.ended, wait=True):
-            sweep(self.jobs.ended)
+            disk.sweep(self.jobs.ended)
 
     def _open_pipe(self, stack: contextlib.ExitStack) -> None:
         """Through which signals and file events end the waiting."""
