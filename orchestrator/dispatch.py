@@ -53,7 +53,8 @@ class Slot:
         self.failures: list[str] = []  # that the worker told of, of this order
         self.hung = False
         self.prepares = False  # the order's preview, before the order itself
-        self.loading: float | None = None  # seconds from the worker's start to its first progress
+        self.loading = 0.0  # seconds from the worker's start to its first progress
+        self.has_loaded = False
         self.told = 0.0  # when the log last had a line on this order
 
     @property
@@ -61,7 +62,7 @@ class Slot:
         return self.worker.stage if self.worker else None
 
     def is_turn_over(self) -> bool:
-        turn = max(SHORTEST_TURN_SECONDS, TURN_SHARE * (self.loading or 0))
+        turn = max(SHORTEST_TURN_SECONDS, TURN_SHARE * self.loading)
         return self.worker is not None and time.monotonic() - self.worker.started > turn
 
 
@@ -165,7 +166,7 @@ class Dispatcher:
             return
         if slot.worker is None:
             slot.worker = Worker(self.command, order.stage, self.held[order.stage])
-            slot.loading = None
+            slot.has_loaded = False
         elif self._has_space():
             self._begin(slot, order)
 
@@ -251,13 +252,15 @@ class Dispatcher:
     def _heard(self, slot: Slot, event: Ready | Progress | Said) -> None:
         if isinstance(event, Ready):
             self.starts_failed = 0
+            slot.loading = time.monotonic() - slot.worker.started if slot.worker else 0.0
         elif isinstance(event, Said):
             if event.line.startswith("failed: "):
                 slot.failures.append(event.line.removeprefix("failed: "))
             self.terminal.notice(f"{slot.run}: {event.line}")
         elif slot.worker:
             now = time.monotonic()
-            if event.done and slot.loading is None:
+            if event.done and not slot.has_loaded:
+                slot.has_loaded = True
                 slot.loading = now - slot.worker.started
             self.terminal.report(slot.label, event.done, event.total, slot.line)
             if not self.terminal.is_live() and now - slot.told > LOG_SECONDS:

@@ -85,23 +85,27 @@ def look(jobs: Jobs, job: Job, defaults: Settings, now: float) -> Work | Ended:
     return Work(job.id, job.run, job.priority, len(made), done, len(wanted), pixels, following, _served(run))
 
 
-def choose(works: Collection[Work], stages: Iterable[str], current: str | None, turn_over: bool) -> Order | None:
+def choose(works: Iterable[Work], stages: Collection[str], current: str | None, turn_over: bool) -> Order | None:
     """The next order for a process that may run these stages and has the model of `current` loaded.
 
     Only what has the highest priority counts. The loaded stage goes on until its work or its turn is over, then the
     next one in the circle comes that has work; within a stage, the job that was served longest ago.
     """
-    waiting = {stage: [work for work in works if stage in work.next] for stage in stages}
-    highest = max((work.priority for each in waiting.values() for work in each), default=0)
-    ready = {stage: [w for w in each if w.priority == highest] for stage, each in waiting.items()}
+    best: dict[str, tuple[tuple[int, int, str], Work]] = {}
+    for work in works:
+        for stage in work.next:
+            if stage in stages:
+                rank = (-work.priority, work.served[stage], work.id)
+                if stage not in best or rank < best[stage][0]:
+                    best[stage] = rank, work
+    highest = max((work.priority for _, work in best.values()), default=0)
     circle = [*STAGES, *STAGES]
     after = circle[STAGES.index(current) + 1 :] if current else circle
-    order = after if turn_over or not current else [current, *after]
-    stage = next((stage for stage in order if ready.get(stage)), None)
-    if stage is None:
-        return None
-    work = min(ready[stage], key=lambda work: (work.served[stage], work.id))
-    return Order(work.id, stage, work.next[stage])
+    for stage in after if turn_over or not current else [current, *after]:
+        if stage in best and best[stage][1].priority == highest:
+            work = best[stage][1]
+            return Order(work.id, stage, work.next[stage])
+    return None
 
 
 def reached(jobs: Jobs, job: Job, stage: str) -> str:
