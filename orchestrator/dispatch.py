@@ -23,6 +23,7 @@ STARTS = 5  # of a worker in a row that never got ready, before all is given up
 RETRY_SECONDS = 1.0  # for each attempt that was in vain
 BUSY_SECONDS = 2.0  # until what another process was at is tried again
 FULL_SECONDS = 5.0  # until a full disk is looked at again
+GIVE_SECONDS = 1.0  # between two looks for what may be given, where nothing happens
 LOG_SECONDS = 30.0  # between two lines on the same picture, where there is no terminal
 TURN_SHARE = 10  # a stage's turn lasts so many times what loading its model took
 SHORTEST_TURN_SECONDS = 2.0
@@ -87,11 +88,19 @@ class Dispatcher:
         self.full_until = 0.0
         self.is_full = False
         self.starts_failed = 0
+        self.has_news = True  # since orders were last given
+        self.next_give = 0.0
         self.can_preview: set[str] = set()  # models
         self.stopping = False
 
     def give(self) -> None:
-        """Gives whoever is idle the next order, and the memory back of whoever gets none."""
+        """Gives whoever is idle the next order, and the memory back of whoever gets none.
+
+        Does nothing while there is no news: to choose among ten thousand jobs takes a moment.
+        """
+        if not self.has_news and time.monotonic() < self.next_give:
+            return
+        self.has_news, self.next_give = False, time.monotonic() + GIVE_SECONDS
         for slot in self.slots:
             self._give(slot)
 
@@ -110,8 +119,10 @@ class Dispatcher:
                     self._answered(slot, event)
                 else:
                     self._heard(slot, event)
+                self.has_news |= isinstance(event, Answer | Ready)
             if slot.worker.ended:
                 self._died(slot)
+                self.has_news = True
             elif (slot.order or not slot.worker.ready) and time.monotonic() - slot.worker.heard > self.terms.hang:
                 slot.hung = True
                 slot.worker.kill()
@@ -122,6 +133,7 @@ class Dispatcher:
         times = [time for time in self.not_before.values() if time > now]
         times += [slot.worker.heard + self.terms.hang for slot in self.slots if slot.worker]
         times += [self.full_until] if self.is_full else []
+        times += [self.next_give] if self._is_wanted() else []
         return max(0.0, min(times, default=now + 3600) - now)
 
     def is_idle(self) -> bool:
@@ -131,7 +143,7 @@ class Dispatcher:
     def stop(self) -> None:
         """Lets the workers finish their step, save it, and end."""
         if not self.stopping:
-            self.stopping = True
+            self.stopping = self.has_news = True
             for slot in self.slots:
                 if slot.worker and (slot.order or not slot.worker.ready):
                     slot.worker.interrupt()

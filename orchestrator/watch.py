@@ -188,6 +188,7 @@ class Watch:
                 self._look(id)
         for id in {*self.works, *self.over, *self.runs}.difference(open_ids):
             self._forget(id)
+        self.dispatcher.has_news = True
 
     def _take_in(self) -> None:
         self.waits = self.inbox.claim()
