@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}"
+
 
 class Voice(NamedTuple):
     """How work tells of itself."""
@@ -16,7 +18,7 @@ class Terminal:
     def __init__(self, leave: bool = True) -> None:
         """`leave`: whether a bar stays on the screen when its work is done."""
         self.leave = leave
-        self.bars: dict[int, Any] = {}  # by their line
+        self.bars: dict[int, tuple[str, Any]] = {}  # by their line: what is being done, and its bar
 
     def report(self, label: str, done: int, total: int, line: int = 0) -> None:
         """One bar a label; each line of the display shows the latest."""
@@ -24,25 +26,28 @@ class Terminal:
             return
         from tqdm import tqdm
 
-        bar = self.bars.get(line)
-        if bar is None or bar.desc != f"{label}: ":
+        if line not in self.bars or self.bars[line][0] != label:
             self.close(line)
-            bar = tqdm(total=total, desc=label, leave=self.leave, dynamic_ncols=True, position=line)
-            self.bars[line] = bar
+            self.bars[line] = (
+                label,
+                tqdm(total=total, desc=label, leave=self.leave, dynamic_ncols=True, position=line, bar_format=FORMAT),
+            )
+        _, bar = self.bars[line]
         bar.update(done - bar.n)
 
     def is_live(self) -> bool:
         return sys.stderr is not None and sys.stderr.isatty()
 
     def notice(self, line: str) -> None:
-        for bar in self.bars.values():
+        for _, bar in self.bars.values():
             bar.clear()
         print(f"qwen-stage: {line}", file=sys.stderr, flush=True)
-        for bar in self.bars.values():
+        for _, bar in self.bars.values():
             bar.refresh()
 
     def close(self, line: int = 0) -> None:
-        if bar := self.bars.pop(line, None):
+        if line in self.bars:
+            _, bar = self.bars.pop(line)
             bar.close()
 
     def voice(self) -> Voice:
