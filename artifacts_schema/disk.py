@@ -65,16 +65,11 @@ def publish_new(directory: Path, names: Iterable[str], data: bytes) -> str:
         remove(temporary)
 
 
-def move(path: Path, directory: Path, names: Iterable[str]) -> str:
-    """Renames a file into a directory of the same file system, under the first of these names that is free there.
-
-    Who moves to that directory must be alone. Returns the name.
-    """
-    name = next(name for name in names if not os.path.lexists(directory / name))
-    path.rename(directory / name)
-    sync(directory)
+def move(path: Path, target: Path) -> None:
+    """Renames a file durably. After a power cut it may have both names, but never none."""
+    path.rename(target)
+    sync(target.parent)
     sync(path.parent)
-    return name
 
 
 def read(path: Path, limit: int) -> bytes:

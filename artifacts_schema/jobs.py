@@ -121,6 +121,14 @@ class Jobs:
         with disk.lock(self.ended, wait=True):  # any orchestrator of the outbox may
             disk.publish(self.ended, f"{ended.job.id}.json", store.seal(ended, Ended))
 
+    def sweep(self, stage: str) -> None:
+        """Clears away what is left in a stage's own directory, for its only orchestrator."""
+        disk.sweep(self.stage(stage))
+        open_ids = set(self.open_ids())
+        for path in self.stage(stage).glob("*.*"):
+            if path.is_file() and path.stem not in open_ids and not path.name.startswith("."):
+                disk.remove(path)
+
     def close(self, id: str) -> None:
         """Forgets an open job, its own record last."""
         for stage in STAGES:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from artifacts_schema import arrays, disk, keys, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import File, Record, Sha256
+from artifacts_schema.manifests import File, LatentsManifest, Record, Sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +97,14 @@ class Trajectory:
         except (OSError, UserError, ValueError):
             return False
         return True
+
+
+def forget_steps(directory: Path) -> None:
+    """Removes the steps of finished pictures whose steps are not to be kept: a kill can leave them."""
+    manifest, _ = store.read_manifest(directory, LatentsManifest)
+    for item in manifest.items:
+        if not item.trajectory:
+            Trajectory(directory, item.key, item.num_inference_steps, item.shape).remove()
 
 
 def resume(trajectories: list[Trajectory], whole: bool) -> "tuple[int, list[np.ndarray]] | None":

@@ -71,7 +71,7 @@ class Inbox:
         self.seen = taken | {path: self._since(path, signature, now) for path, signature in drops.items()}
         settled = [path for path in drops if self._is_settled(path, now)]
         pictures = {path.name for path in settled if path.suffix.lower() == ".png"}
-        claimed = False
+        parents = set()
         for path in sorted(settled, key=lambda path: (self.seen[path][0][1], path)):
             if path.name.lower().endswith(CHANGES_SUFFIX):
                 if path.with_suffix("").name not in pictures:
@@ -80,9 +80,13 @@ class Inbox:
             changes = path.with_name(f"{path.name}.toml")
             if changes in drops and changes not in settled:
                 continue
-            claimed |= self._claim(path, changes if changes in drops else None)
-        if claimed:  # before a job is made of it: or, after a power cut, the drop would be back and be made again
+            if self._claim(path, changes if changes in drops else None):
+                parents.add(path.parent)
+        if parents:  # before a job is made of it: or, after a power cut, the drop would be back and be made again
             disk.sync(self.claimed)
+            for parent in parents:
+                with contextlib.suppress(OSError):  # it went meanwhile
+                    disk.sync(parent)
         return any(path in self.seen for path in drops if not path.name.lower().endswith(CHANGES_SUFFIX))
 
     def claims(self) -> list[Claim]:
@@ -112,18 +116,21 @@ class Inbox:
             return
         directory = self.failed if reason else self.done
         disk.make_directory(directory)
-        names = _numbered(claim.name)
+        name = _free_name(directory, claim.name, claim.path)
         if reason:
-            name = next(name for name in names if not os.path.lexists(directory / name))
             disk.publish(directory, _beside(name), f"{reason}\n".encode())
-            names = iter([name])
-        self.seen.pop(claim.path, None)
         if claim.changes:
             self.seen.pop(claim.changes, None)
             with contextlib.suppress(FileNotFoundError):
-                disk.move(claim.changes, directory, _numbered(f"{claim.name}.toml"))
+                disk.move(claim.changes, directory / _free_name(directory, f"{claim.name}.toml", claim.changes))
+        self.seen.pop(claim.path, None)
         with contextlib.suppress(FileNotFoundError):
-            disk.move(claim.path, directory, names)
+            disk.move(claim.path, directory / name)
+
+    def sweep(self) -> None:
+        """Clears away what a kill left half-written."""
+        for directory in (self.claimed, self.done, self.failed):
+            disk.sweep(directory)
 
     def _drops(self) -> dict[Path, Signature]:
         """What lies in the inbox and may be drops; what can be none is refused or left alone."""
@@ -179,8 +186,6 @@ class Inbox:
         except (OSError, UserError) as error:
             self._tell_once(f"cannot take in {path}: {getattr(error, 'strerror', None) or error}")
             return False
-        with contextlib.suppress(OSError):
-            disk.sync(path.parent)
         return True
 
     def _follow(self, path: Path, target: Path) -> None:
@@ -203,13 +208,14 @@ class Inbox:
 
     def _put_back(self, changes: Path) -> None:
         with contextlib.suppress(OSError):
-            disk.move(changes, self.directory, _numbered(changes.name[ID_LENGTH + 1 :]))
+            name = _free_name(self.directory, changes.name[ID_LENGTH + 1 :], changes)
+            disk.move(changes, self.directory / name)
 
     def _refuse(self, path: Path, reason: str) -> None:
         disk.make_directory(self.failed)
-        name = next(name for name in _numbered(_cut(path.name)) if not os.path.lexists(self.failed / name))
+        name = _free_name(self.failed, _cut(path.name), path)
         disk.publish(self.failed, _beside(name), f"{reason}\n".encode())
-        disk.move(path, self.failed, [name])
+        disk.move(path, self.failed / name)
         self.notice(f"{path} failed: {reason}")
 
     def _tell_once(self, line: str) -> None:
@@ -245,6 +251,28 @@ def _numbered(name: str) -> Iterator[str]:
     stem = name.removesuffix(suffix)
     yield name
     yield from (f"{stem}-{again}{suffix}" for again in count(2))
+
+
+def _free_name(directory: Path, name: str, path: Path) -> str:
+    """The first of a name's numbers that is free in a directory, or has the very same file.
+
+    It may be there already: a power cut in the middle of a rename can leave both names.
+    """
+    return next(
+        name for name in _numbered(name) if not os.path.lexists(directory / name) or _is_same(directory / name, path)
+    )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    from filecmp import cmp
+
+    try:
+        infos = [path.lstat() for path in (one, other)]
+        if not all(stat.S_ISREG(info.st_mode) for info in infos):
+            return False
+        return infos[0].st_mtime_ns == infos[1].st_mtime_ns and cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _cut(name: str) -> str:

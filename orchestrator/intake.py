@@ -10,7 +10,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from artifacts_schema import disk, keys
-from artifacts_schema.errors import UserError
+from artifacts_schema.errors import Unreadable, UserError
 from artifacts_schema.jobs import Job
 from artifacts_schema.manifests import Dtype, Recipe
 from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts
@@ -46,7 +46,7 @@ class Intake(NamedTuple):
                 data = disk.read(claim.path, MAX_DROP_BYTES)
                 sha256 = keys.sha256(data)
         except OSError as error:
-            raise UserError(f"{source}: {error.strerror}") from None
+            raise Unreadable(f"{source}: {error.strerror}") from None
         except UserError as error:
             raise UserError(str(error).replace(str(claim.path), source)) from None
         if recipe:

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from artifacts_schema import disk
+from artifacts_schema import disk, store
 from artifacts_schema.errors import Busy, Unreadable, UserError
 from artifacts_schema.jobs import STAGES, Ended, Job, Jobs
-from artifacts_schema.manifests import Dtype
+from artifacts_schema.manifests import Dtype, LatentsManifest
+from artifacts_schema.trajectory import forget_steps
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, plan
-from orchestrator.dispatch import NO_SPACE, Dispatcher, Terms
+from orchestrator.dispatch import ATTEMPTS, NO_SPACE, RETRY_SECONDS, Dispatcher, Terms
 from orchestrator.inbox import CLAIMED, DONE, FAILED, SETTLE_SECONDS, Claim, Inbox
 from orchestrator.intake import Intake
 from orchestrator.progress import Terminal
@@ -77,7 +78,9 @@ class Watch:
         )
         self.watched = _Watched(inbox, None if options.poll else notifier or watch_files)
         self.page = _Page(outbox)
+        self.unread: dict[str, int] = {}  # how often a claimed drop could not be read
         self.some_failed = False
+        self.failures = 0  # in a row, of file operations
         self.waits = False  # for a drop to settle, or to be made a job
         self.rescan_at = 0.0
 
@@ -94,10 +97,9 @@ class Watch:
             while not self._is_over():
                 try:
                     self._go_on()
+                    self.failures = 0
                 except OSError as error:
-                    if error.errno not in NO_SPACE:
-                        raise
-                    self.dispatcher.pause()
+                    self._overcome(error)
                 self._wait()
         self.page.write()
         if self.dispatcher.stopping:
@@ -112,6 +114,17 @@ class Watch:
             self._rescan()
         self.dispatcher.give()
         self.page.go_on()
+
+    def _overcome(self, error: OSError) -> None:
+        """What is on the disk is whole; what failed is tried again."""
+        self.failures += 1
+        if error.errno in NO_SPACE:
+            self.dispatcher.pause()
+        elif self.options.once and self.failures >= ATTEMPTS:
+            raise error
+        elif self.failures == 1:
+            self.notice(f"{error.filename or self.jobs.outbox}: {error.strerror or error}; it is tried again")
+        self.rescan_at = time.monotonic() + RETRY_SECONDS
 
     def _is_over(self) -> bool:
         ends = self.dispatcher.stopping or (self.options.once and self.rescan_at > 0 and not self.waits)
@@ -128,10 +141,10 @@ class Watch:
                 stack.enter_context(disk.lock(directory))
             except BlockingIOError:
                 raise Busy(f"another `qwen-stage watch` {does}; end that one first") from None
-            disk.sweep(directory)
 
         for stage in self.stages:
             lock(self.jobs.stage(stage), f"runs {stage} for {self.jobs.outbox}")
+            self.jobs.sweep(stage)
             workers = self.jobs.stage(stage) / "worker"
             disk.make_directory(workers)
             try:
@@ -141,7 +154,9 @@ class Watch:
                 self.held[stage] = stack.enter_context(disk.lock(workers, wait=True))
         if self.takes_in:
             lock(self.inbox.claimed, f"takes in what is dropped into {self.inbox.directory}")
+            self.inbox.sweep()
             lock(self.jobs.open, f"adds jobs to {self.jobs.outbox}")
+            disk.sweep(self.jobs.open)
         with disk.lock(self.jobs.ended, wait=True):
             disk.sweep(self.jobs.ended)
 
@@ -211,10 +226,9 @@ class Watch:
     def _make_job(self, claim: Claim) -> None:
         try:
             job = self.intake.job(claim, self._is_taken)
-        except Unreadable as error:
-            self.notice(f"{claim.name}: {error}; it is tried again")
-            return
         except UserError as error:
+            if isinstance(error, Unreadable) and self._may_try_again(claim):
+                return
             self.notice(f"failed: {error}")
             self.some_failed = True
             self.inbox.put_away(claim, str(error))
@@ -224,6 +238,12 @@ class Watch:
         count = len(job.prompts)
         priority = f", priority {job.priority}" if job.priority else ""
         self.notice(f"{job.run}: taken in, {count} prompt{'' if count == 1 else 's'}{priority}")
+
+    def _may_try_again(self, claim: Claim) -> bool:
+        """Whether a drop that could not be read may be the next time."""
+        self.unread[claim.id] = self.unread.get(claim.id, 0) + 1
+        self.waits = self.unread[claim.id] < ATTEMPTS
+        return self.waits
 
     def _is_taken(self, run: str) -> bool:
         return os.path.lexists(self.jobs.outbox / run) or run in self.runs.values()
@@ -245,6 +265,7 @@ class Watch:
             return None
         if isinstance(found, Ended):
             if not ended:
+                self._tidy(found)
                 self.jobs.end(found)
                 self._tell_end(found)
             self.over.add(id)
@@ -265,6 +286,17 @@ class Watch:
             raise
         except UserError as error:  # its model is gone, or its run was changed by somebody
             return Ended(job=job, outcome="failed", at=time.time(), reason=str(error))
+
+    def _tidy(self, ended: Ended) -> None:
+        """Clears away what kills have left in a run where no stage will come by any more."""
+        for kind in store.KINDS:
+            directory = self.jobs.run(ended.job) / kind.kind
+            with contextlib.suppress(UserError):  # damaged, or somebody else's right now
+                if store.is_there(directory):
+                    with store.writing(directory):
+                        store.restore_manifest(directory, kind)
+                        if kind is LatentsManifest:
+                            forget_steps(directory)
 
     def _tell_end(self, ended: Ended) -> None:
         if ended.outcome == "failed":

@@ -20,7 +20,7 @@ from typing import IO, Literal, cast
 
 import msgspec
 
-from artifacts_schema.errors import Busy, UserError
+from artifacts_schema.errors import Busy, Damaged, UserError
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 from orchestrator.progress import Voice
 
@@ -111,6 +111,9 @@ def _perform(perform: Callable[[list[str], Voice], int], arguments: list[str], v
     except Busy as error:
         return Answer("busy", str(error))
     except UserError as error:
+        because = error.__context__  # a file operation that failed may work the next time; damage stays
+        if isinstance(because, OSError) and not isinstance(error, Damaged):
+            return Answer("environment", str(error), because.errno or 0)
         return Answer("refused", str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -65,15 +65,15 @@ def decode(
         images.adopt(notice)
         if already := len(images.whole & images.wanted.keys()):
             notice(f"{already} of {len(images.wanted)} pictures are decoded already")
-        todo, failures = [], []
+        todo, errors = [], []
         for key in images.missing():
             try:  # all are read before the first is decoded: damage is found before the work
                 store.read_latents(source, images.wanted[key])
                 todo.append(key)
             except UserError as error:
-                failures.append(str(error))
-        if failures and len(failures) == len(images.wanted):
-            raise UserError(failures[0])
+                errors.append(error)
+        if errors and len(errors) == len(images.wanted):
+            raise errors[0]
         if todo:
             from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 
@@ -91,7 +91,7 @@ def decode(
     if todo:
         fit.store()
         cache.trim(cache_limit)
-    return images.paths(), failures
+    return images.paths(), [str(error) for error in errors]
 
 
 class Images:

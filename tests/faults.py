@@ -8,6 +8,7 @@ runs in a fork of this process, so that the imports are paid once; nothing here 
 import argparse
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ import random_models
 import zarr  # noqa: F401
 from PIL import Image  # noqa: F401
 
-import orchestrator.progress  # noqa: F401
+import orchestrator.watch
 import stages.decode
 import stages.denoise
 import stages.encode
@@ -37,7 +39,9 @@ import stages.models.transformer
 import stages.models.vae  # noqa: F401
 from artifacts_schema import cache, disk, store
 from artifacts_schema.errors import UserError
-from orchestrator import cli
+from artifacts_schema.jobs import JOBS
+from orchestrator import cli, dispatch, worker
+from orchestrator.progress import Voice
 
 KILL = "kill"
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
@@ -71,7 +75,7 @@ class Durable:
         self.root = root
         self.open = os.open
         self.held: list[int] = []  # descriptors, lest an inode be used again
-        self.contents: dict[int, bytes] = {}
+        self.contents: dict[int, tuple[bytes, int]] = {}  # with their time, in ns
         self.names: dict[int, dict[str, tuple[int, bool]]] = {}
         for path in (root, *root.rglob("*")):
             self.synced(path)
@@ -83,7 +87,7 @@ class Durable:
             with os.scandir(path) as found:
                 self.names[inode] = {entry.name: (entry.inode(), entry.is_dir()) for entry in found}
         else:
-            self.contents[inode] = path.read_bytes()
+            self.contents[inode] = path.read_bytes(), path.stat().st_mtime_ns
 
     def leave(self, target: Path, names_ahead: bool) -> None:
         """Writes what is left to `target`."""
@@ -99,7 +103,9 @@ class Durable:
             if is_directory:
                 self._write(inode, target / name)
             else:
-                (target / name).write_bytes(self.contents.get(inode, b""))
+                content, time_ns = self.contents.get(inode, (b"", 0))
+                (target / name).write_bytes(content)
+                os.utime(target / name, ns=(time_ns, time_ns))
 
 
 class Layer:
@@ -186,7 +192,7 @@ def run(directory: Path, command: list[str], at: int | None = None, fault: str =
                 os.dup2(file.fileno(), 1)
             layer = Layer(directory, at, fault)
             layer.install()
-            status = cli.main(command)
+            status = watch(command) if command[0] == "watch" else cli.main(command)
             layer.operation(END, "")
             log.write_text("\n".join(layer.log))
         except SystemExit as exit:
@@ -206,13 +212,58 @@ def run(directory: Path, command: list[str], at: int | None = None, fault: str =
     return Ended(os.waitstatus_to_exitcode(ended), err.read_text(), operations)
 
 
+class Performing:
+    """A worker that is no process: what it does to files is watched as well. It performs an order as it is sent."""
+
+    def __init__(self, command: list[str], stage: str, holding: int) -> None:
+        self.stage = stage
+        self.ready = self.ended = False
+        self.started = self.heard = time.monotonic()
+        self.log: list[str] = []
+        self.said: list[worker.Event] = [worker.Ready()]
+        reader, writer = os.pipe()
+        os.close(writer)  # so that nobody waits for it
+        self.answers = self.stderr = os.fdopen(reader, "rb")
+
+    def send(self, order: worker.Order) -> None:
+        def perform(arguments: list[str], voice: Voice) -> int:
+            args = cli._parser().parse_args(arguments)
+            args.voice = voice
+            return args.command(args)
+
+        sys.stdin = io.TextIOWrapper(io.BytesIO(order.stdin.encode()))
+        silent = Voice(lambda *_: None, lambda line: self.said.append(worker.Said(line)))
+        self.said.append(worker._perform(perform, order.arguments, silent))
+
+    def events(self) -> Iterator[worker.Event]:
+        while self.said:
+            event = self.said.pop(0)
+            self.ready |= isinstance(event, worker.Ready)
+            yield event
+
+    def close(self) -> int:
+        self.answers.close()
+        return 0
+
+    interrupt = kill = close
+
+
+def watch(command: list[str]) -> int:
+    """`qwen-stage watch` in one process, without pages."""
+    dispatch.Worker = Performing  # type: ignore[misc, assignment]
+    dispatch.RETRY_SECONDS = dispatch.FULL_SECONDS = orchestrator.watch.RETRY_SECONDS = 0.01
+    orchestrator.watch._Page.go_on = orchestrator.watch._Page.write = lambda self: None  # type: ignore[method-assign]
+    return cli.main(command)
+
+
 @dataclass
 class Scenario:
-    """A command, and what has to have happened before it."""
+    """A command, what has to have happened before it, and the run that it works on."""
 
     command: list[str]
     before: list[list[str]] = field(default_factory=list)
     damage: Callable[[Path], None] = lambda directory: None
+    run: str = "run"
 
 
 def scenarios(model: Path) -> dict[str, Scenario]:
@@ -231,6 +282,12 @@ def scenarios(model: Path) -> dict[str, Scenario]:
         "denoise, cached": Scenario(denoise, elsewhere, lambda directory: shutil.rmtree(directory / "run/latents")),
         "decode": Scenario(decode, [encode, denoise]),
         "decode, cached": Scenario(decode, elsewhere, lambda directory: shutil.rmtree(directory / "run/images")),
+        "watch": Scenario(
+            ["watch", "inbox", "--once", "--settle=0.01", "--poll", "--no-overlap", f"--model={model}"],
+            [[*encode, "--dtype=float32"], [*denoise, "--steps=1"]],
+            drop,
+            "outbox/a",
+        ),
         "cache verify": Scenario(["cache", "verify"], elsewhere, damage_cache),
         "cache trim": Scenario(["cache", "trim", "--max-size=6KB"], elsewhere),
     }
@@ -252,6 +309,13 @@ def damage_cache(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def drop(directory: Path) -> None:
+    """A drop of which most is cached, and a bad one."""
+    (directory / "inbox").mkdir()
+    (directory / "inbox/a.jsonl").write_text('{"prompt": "a", "size": "32x32", "steps": 1}\n')
+    (directory / "inbox/bad.toml").write_text("no toml")
+
+
 class Survey(NamedTuple):
     operations: int
     faults: int
@@ -270,7 +334,8 @@ def survey(scenario: Scenario, faults: Callable[[int], tuple[str, ...]], work: P
     scenario.damage(start)
     undisturbed = copy(start, work / "undisturbed")
     operations = must(run(undisturbed, scenario.command)).operations
-    expected = pictures_and_tensors(undisturbed)
+    where = scenario.run
+    expected = pictures_and_tensors(undisturbed, where)
     count, survived, lost = 0, 0, []
     for at in range(1, len(operations) + 1):
         done = operations[at - 1].startswith(END)
@@ -279,17 +344,18 @@ def survey(scenario: Scenario, faults: Callable[[int], tuple[str, ...]], work: P
             directory = copy(start, work / "faulted")
             ended = run(directory, scenario.command, at, fault)
             wrong = list(complaints(ended, fault)) + list(not_whole(directory, scenario))
-            before = published(directory)
-            if done and scenario.command[0] != "cache" and pictures_and_tensors(directory) != expected:
+            before = published(directory, where)
+            if done and scenario.command[0] != "cache" and pictures_and_tensors(directory, where) != expected:
                 wrong.append("what was done is undone")
             again = run(directory, scenario.command)
-            after = published(directory)
-            if again.status != 0 and not (scenario.damage is damage_cache and again.status == 3):
+            after = published(directory, where)
+            if again.status not in (0, 3) or (again.status == 3 and scenario.damage not in (damage_cache, drop)):
                 wrong.append(f"cannot go on: {again.err.strip()}")
             wrong += [f"made twice: {name}" for name, written in before.items() if after.get(name) != written]
-            if scenario.command[0] != "cache" and pictures_and_tensors(directory) != expected:
+            if scenario.command[0] != "cache" and pictures_and_tensors(directory, where) != expected:
                 wrong.append("other results than undisturbed")
-            wrong += [f"left over: {path}" for path in leftovers(directory)]
+            wrong += [f"left over: {path}" for path in leftovers(directory, where)]
+            wrong += drops_astray(directory) if scenario.damage is drop else []
             if wrong:
                 lost += [f"{fault} at {at} ({operations[at - 1]}): {line}" for line in wrong]
             else:
@@ -297,11 +363,25 @@ def survey(scenario: Scenario, faults: Callable[[int], tuple[str, ...]], work: P
     return Survey(len(operations), count, survived, lost)
 
 
-def leftovers(directory: Path) -> Iterator[Path]:
+def drops_astray(directory: Path) -> Iterator[str]:
+    """What is not where it ought to be when a watch has ended: every drop in one place, every job ended once."""
+    inbox, jobs = directory / "inbox", directory / "outbox" / JOBS
+    found = sorted(path.relative_to(inbox).as_posix() for path in inbox.rglob("*") if path.is_file())
+    if found != [".claimed/.lock", "done/a.jsonl", "failed/bad.toml", "failed/bad.toml.reason.txt"]:
+        yield f"the inbox holds {found}"
+    ended = [path.name for path in (jobs / "ended").glob("*.json")]
+    if len(ended) != 1 or [path.name for path in (directory / "outbox").iterdir()] not in ([JOBS, "a"], ["a", JOBS]):
+        yield f"{ended} have ended, there are {sorted(path.name for path in (directory / 'outbox').iterdir())}"
+    for path in jobs.rglob("*"):
+        if path.is_file() and path.name != ".lock" and path.parent.name != "ended":
+            yield f"left over: {path}"
+
+
+def leftovers(directory: Path, run: str) -> Iterator[Path]:
     """What is in the run and no manifest lists."""
-    listed = {directory / "run" / name for name in published(directory)}
+    listed = {directory / run / name for name in published(directory, run)}
     known = {store.MANIFEST, store.BACKUP, ".lock"}
-    for path in (directory / "run").rglob("*"):
+    for path in (directory / run).rglob("*"):
         if path.is_file() and path not in listed and path.name not in known:
             yield path
 
@@ -331,7 +411,7 @@ def complaints(ended: Ended, fault: str) -> Iterator[str]:
 def not_whole(directory: Path, scenario: Scenario) -> Iterator[str]:
     """What is published and yet not whole."""
     for kind in store.KINDS:
-        artifact = directory / "run" / kind.kind
+        artifact = directory / scenario.run / kind.kind
         if (artifact / store.MANIFEST).exists():
             try:
                 manifest, _ = store.read_manifest(artifact, kind)
@@ -346,11 +426,11 @@ def not_whole(directory: Path, scenario: Scenario) -> Iterator[str]:
             yield from said
 
 
-def published(directory: Path) -> dict[str, tuple[int, int]]:
+def published(directory: Path, run: str) -> dict[str, tuple[int, int]]:
     """The files that manifests of the run list, with what tells whether they were written again."""
     found = {}
     for kind in store.KINDS:
-        artifact = directory / "run" / kind.kind
+        artifact = directory / run / kind.kind
         with suppress(UserError, FileNotFoundError):  # `not_whole` says so
             manifest, _ = store.read_manifest(artifact, kind)
             for file in store.listed_files(manifest):
@@ -359,9 +439,9 @@ def published(directory: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def pictures_and_tensors(directory: Path) -> dict[str, bytes]:
+def pictures_and_tensors(directory: Path, run: str) -> dict[str, bytes]:
     """The content of all that manifests of the run list; they themselves say how long it took."""
-    return {name: (directory / "run" / name).read_bytes() for name in published(directory)}
+    return {name: (directory / run / name).read_bytes() for name in published(directory, run)}
 
 
 @contextmanager
