@@ -5,6 +5,7 @@ does this: zarr and safetensors only rename, or write in place.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -45,7 +46,10 @@ def publish(directory: Path, name: str, content: Content, inherit: bool = False)
 
 
 def publish_new(directory: Path, names: Iterable[str], data: bytes) -> str:
-    """Puts a file at the first of these names that is free, whole, and never in another's place. Returns the name."""
+    """Puts a file at the first of these names that is free, whole. Returns the name.
+
+    It never takes another's place, unless two come at once on a file system without hard links.
+    """
     temporary = directory / f"{TEMPORARY}{os.urandom(8).hex()}"
     try:
         _write(temporary, data, None)
@@ -60,7 +64,7 @@ def publish_new(directory: Path, names: Iterable[str], data: bytes) -> str:
                 temporary.rename(directory / name)
             sync(directory)
             return name
-        raise ValueError("every name is taken")
+        raise FileExistsError(errno.EEXIST, "every name is taken", str(directory))
     finally:
         remove(temporary)
 
@@ -120,7 +124,7 @@ def make_directory(path: Path) -> None:
             sync(made.parent)  # or a power cut takes the directory with everything in it
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path} or a part of it is a file; choose another --out") from None
-    except OSError as error:
+    except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {path}: permission denied; choose another --out")

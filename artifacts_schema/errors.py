@@ -9,6 +9,10 @@ class Busy(UserError):
     """Another process is at it right now: the same may work later."""
 
 
+class Unavailable(UserError):
+    """Something that is asked for is not on this machine, or not now: a model, for example."""
+
+
 class Damaged(UserError):
     """Something that was written is missing or no longer what it was: it may be made again."""
 

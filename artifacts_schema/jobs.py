@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from msgspec import Meta
 
 from artifacts_schema import disk, store
-from artifacts_schema.errors import Damaged, Unreadable
+from artifacts_schema.errors import Damaged, Unreadable, UserError
 from artifacts_schema.manifests import Dtype, Key, Record, Sha256
 from artifacts_schema.prompts import Prompt
 
@@ -47,10 +47,11 @@ class Trouble(Record, frozen=True, tag_field="schema", tag="qwen-stage/trouble/1
     """What a stage tried in vain. Written before every attempt, so that a death of the whole machine counts as well."""
 
     attempts: int = 0  # in a row that brought nothing new
+    failed: int = 0  # of these, how many somebody saw fail: others may have ended by a power cut
     reached: str = ""  # how far the job was when the last of them began
     given_up: tuple[tuple[Key, str], ...] = ()  # pictures that cannot be made, and why
     set_aside: str = ""  # why the whole job is, if it is
-    log: tuple[str, ...] = ()  # the last lines of the last attempt
+    log: tuple[str, ...] = ()  # the last lines of the last that failed
     checksum: str = ""
 
 
@@ -102,7 +103,14 @@ class Jobs:
         return _read(self.open / f"{id}.json", Job)
 
     def read_ended(self, id: str) -> Ended | None:
-        return _read(self.ended / f"{id}.json", Ended)
+        """A damaged record is none: how a job ended shows again."""
+        with contextlib.suppress(Damaged):
+            return _read(self.ended / f"{id}.json", Ended)
+        return None
+
+    def set_aside(self, id: str) -> None:
+        """Makes an open job that cannot be read none: its drop is taken in anew."""
+        (self.open / f"{id}.json").replace(self.open / f"{id}.damaged")
 
     def read_trouble(self, id: str, stage: str) -> Trouble:
         """A damaged record is none: what it says shows again."""
@@ -149,6 +157,6 @@ def _read(path: Path, kind: type[R]) -> R | None:
         return None
     except OSError as error:
         raise Unreadable(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         raise Damaged(f"{path} is damaged: {error}") from None
     return record

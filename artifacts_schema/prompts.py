@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import msgspec
@@ -146,7 +147,8 @@ def check_settings(settings: Settings) -> Settings:
             raise UserError("no seeds are given")
         if out_of_range := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
             raise UserError(f"seed {out_of_range[0]} is not between 0 and {MAX_SEED}")
-        if twice := next((seed for seed in seeds if seeds.count(seed) > 1), None):
+        if len(set(seeds)) < len(seeds):
+            twice = next(seed for seed, again in pairwise(sorted(seeds)) if seed == again)
             raise UserError(f"seed {twice} is given twice; it would make the same picture twice")
     if settings.num_inference_steps is not None and not 1 <= settings.num_inference_steps <= MAX_STEPS:
         raise UserError(f"steps must be at least 1 and at most {MAX_STEPS}, not {settings.num_inference_steps}")

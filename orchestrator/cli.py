@@ -321,8 +321,9 @@ def _watch(args: argparse.Namespace) -> int:
     from orchestrator.watch import Options, Watch
     from stages.checkpoint import open_checkpoint
 
-    stages = tuple(stage for stage in STAGES if stage in args.stages.split(","))
-    if unknown := set(args.stages.split(",")).difference(STAGES):
+    wanted = {stage.strip() for stage in args.stages.split(",")}
+    stages = tuple(stage for stage in STAGES if stage in wanted)
+    if unknown := wanted.difference(STAGES):
         raise UserError(f"--stages {','.join(sorted(unknown))}: the stages are {', '.join(STAGES)}")
     if args.model is not None:
         open_checkpoint(args.model)  # says now what every job would say
@@ -330,8 +331,8 @@ def _watch(args: argparse.Namespace) -> int:
     outbox = args.out or args.inbox.resolve().parent / "outbox"
     if args.inbox.resolve() in (outbox.resolve(), *outbox.resolve().parents):
         raise UserError(f"{outbox} lies in the inbox; choose another --out")
-    terms = Terms(stages, args.truncate, args.overlap, args.hang, cache.parse_bytes(args.min_free))
-    options = Options(terms, args.model, args.dtype, args.once, args.poll, args.settle)
+    terms = Terms(stages, args.truncate, args.overlap, args.hang, cache.parse_bytes(args.min_free), args.once)
+    options = Options(terms, args.model, args.dtype, args.poll, args.settle)
     terminal = Terminal(leave=False)
     _announce(args.model, terminal.notice)
     with _deferred_interrupts() as interrupted:
@@ -339,11 +340,10 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from orchestrator.inbox import CHANGES_SUFFIX, submit
+    from orchestrator.inbox import submit
 
-    changes_first = sorted(args.files, key=lambda path: not path.name.lower().endswith(CHANGES_SUFFIX))
-    for path in changes_first:
-        print(submit(path, args.to))
+    for path in submit(args.files, args.to):
+        print(path)
     return EXIT_DONE
 
 
@@ -352,9 +352,9 @@ def _work(args: argparse.Namespace) -> int:
 
     from orchestrator.worker import obey
 
-    # what its orders will need, before it says that it is ready
-    for module in (f"stages.{args.stage}", "mlx.core", "numpy", "zarr" if args.stage != "encode" else "tokenizers"):
-        importlib.import_module(module)
+    def prepare() -> None:
+        for module in (f"stages.{args.stage}", "mlx.core", "numpy", "zarr" if args.stage != "encode" else "tokenizers"):
+            importlib.import_module(module)
 
     def perform(arguments: list[str], voice: Voice) -> int:
         order = _parser().parse_args(arguments)
@@ -362,7 +362,7 @@ def _work(args: argparse.Namespace) -> int:
         code: int = order.command(order)
         return code
 
-    return obey(perform)
+    return obey(prepare, perform)
 
 
 def _gallery(args: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """Gives the stages' workers their orders, one model in memory at a time, and deals with how they end."""
 
-import contextlib
 import errno
 import os
 import time
@@ -18,7 +17,9 @@ from orchestrator.plan import Work
 from orchestrator.progress import Terminal
 from orchestrator.worker import Answer, Order, Progress, Ready, Said, Worker, how_it_ended
 
-ATTEMPTS = 3  # of a job in a stage that bring nothing, before it is set aside
+ATTEMPTS = 3  # of a job in a stage that fail and bring nothing, before it is set aside
+UNSEEN_ATTEMPTS = 10  # the same, if all went down with it: that may be the job's doing, and may be the power's
+ABSENT_SECONDS = 10.0  # until a model that is not there is looked for again
 STARTS = 5  # of a worker in a row that never got ready, before all is given up
 RETRY_SECONDS = 1.0  # for each attempt that was in vain
 BUSY_SECONDS = 2.0  # until what another process was at is tried again
@@ -40,6 +41,7 @@ class Terms(NamedTuple):
     overlap: bool | None = None  # decode beside denoise; None: where memory allows
     hang: float = 900.0  # seconds without progress after which a worker is taken for dead
     min_free: int = 1_000_000_000  # bytes of disk, with fewer of which nothing is begun
+    once: bool = False  # end when nothing is left to do
 
 
 class Slot:
@@ -54,7 +56,9 @@ class Slot:
         self.failures: list[str] = []  # that the worker told of, of this order
         self.hung = False
         self.prepares = False  # the order's preview, before the order itself
-        self.loading = 0.0  # seconds from the worker's start to its first progress
+        self.loaded: tuple[str, plan.Loads] | None = None  # the stage, and what its worker has loaded
+        self.turn_began = 0.0
+        self.loading = 0.0  # seconds from the turn's begin to its first progress
         self.has_loaded = False
         self.told = 0.0  # when the log last had a line on this order
 
@@ -64,7 +68,10 @@ class Slot:
 
     def is_turn_over(self) -> bool:
         turn = max(SHORTEST_TURN_SECONDS, TURN_SHARE * self.loading)
-        return self.worker is not None and time.monotonic() - self.worker.started > turn
+        return time.monotonic() - self.turn_began > turn
+
+    def begin_turn(self, loaded: tuple[str, plan.Loads] | None) -> None:
+        self.loaded, self.turn_began, self.has_loaded = loaded, time.monotonic(), False
 
 
 class Dispatcher:
@@ -85,6 +92,9 @@ class Dispatcher:
         if {"denoise", "decode"} <= set(terms.stages) and terms.overlap is not False:
             self.slots.append(Slot(1, ("decode",)))
         self.not_before: dict[str, float] = {}
+        self.absent: dict[str, str] = {}  # jobs whose model is not here, and what was said of that
+        self.absent_until = 0.0
+        self.absent_said: set[str] = set()
         self.full_until = 0.0
         self.is_full = False
         self.starts_failed = 0
@@ -101,6 +111,9 @@ class Dispatcher:
         if not self.has_news and time.monotonic() < self.next_give:
             return
         self.has_news, self.next_give = False, time.monotonic() + GIVE_SECONDS
+        if self.absent and not self.terms.once and time.monotonic() > self.absent_until:
+            self.absent.clear()
+        self.is_full &= self._is_wanted()
         for slot in self.slots:
             self._give(slot)
 
@@ -114,13 +127,17 @@ class Dispatcher:
         for slot in self.slots:
             if slot.worker is None:
                 continue
-            for event in slot.worker.events():
-                if isinstance(event, Answer):
-                    self._answered(slot, event)
-                else:
-                    self._heard(slot, event)
-                self.has_news |= isinstance(event, Answer | Ready)
-            if slot.worker.ended:
+            is_dead = slot.worker.is_dead()  # before what it said last is read
+            while events := list(slot.worker.events()):
+                for event in events:
+                    if isinstance(event, Answer):
+                        self._answered(slot, event)
+                    else:
+                        self._heard(slot, event)
+                    self.has_news |= isinstance(event, Answer | Ready)
+                if not is_dead:  # the next comes with the next look
+                    break
+            if is_dead or slot.worker.ended:
                 self._died(slot)
                 self.has_news = True
             elif (slot.order or not slot.worker.ready) and time.monotonic() - slot.worker.heard > self.terms.hang:
@@ -132,9 +149,12 @@ class Dispatcher:
         now = time.monotonic()
         times = [time for time in self.not_before.values() if time > now]
         times += [slot.worker.heard + self.terms.hang for slot in self.slots if slot.worker]
-        times += [self.full_until] if self.is_full else []
-        times += [self.next_give] if self._is_wanted() else []
+        times += [self.next_give] if self._is_wanted() or self.absent else []
         return max(0.0, min(times, default=now + 3600) - now)
+
+    def unsent(self) -> list[int]:
+        """Pipes that have to take more of an order."""
+        return [slot.worker.orders.fileno() for slot in self.slots if slot.worker and slot.worker.unsent]
 
     def is_idle(self) -> bool:
         """Whether nothing is being done, nor will be as things are."""
@@ -155,18 +175,18 @@ class Dispatcher:
                 slot.worker.close()
                 slot.worker = None
 
-    def pause(self) -> None:
+    def pause(self, why: str) -> None:
         """Begins nothing for a while, because the disk is full or nearly so."""
         self.full_until = time.monotonic() + FULL_SECONDS
         if not self.is_full:
             self.is_full = True
-            free, wanted = self._free() / 1e9, self.terms.min_free / 1e9
-            self.terminal.notice(f"paused: {free:.1f} GB are free in {self.jobs.outbox}, {wanted:.1f} GB should be")
+            self.terminal.notice(f"paused: {why}")
 
     # -- orders
 
     def _is_wanted(self) -> bool:
-        return any(stage in work.next for work in self.works.values() for stage in self.terms.stages)
+        works = (work for id, work in self.works.items() if id not in self.absent)
+        return any(stage in work.next for work in works for stage in self.terms.stages)
 
     def _give(self, slot: Slot) -> None:
         if slot.order or (slot.worker and not slot.worker.ready):
@@ -174,24 +194,26 @@ class Dispatcher:
         order = self._choose(slot)
         if slot.worker and (order is None or order.stage != slot.stage):
             self._release(slot)
-        if order is None or self._is_in_the_way(slot, order):
+        if order is None or self._is_in_the_way(slot, order) or not self._has_space():
             return
         if slot.worker is None:
             slot.worker = Worker(self.command, order.stage, self.held[order.stage])
-            slot.has_loaded = False
-        elif self._has_space():
-            self._begin(slot, order)
+            slot.begin_turn((order.stage, order.loads))
+        else:
+            if slot.loaded != (order.stage, order.loads):
+                slot.begin_turn((order.stage, order.loads))
+            self._begin(slot, slot.worker, order)
 
     def _choose(self, slot: Slot) -> plan.Order | None:
         if self.stopping or (self.is_full and time.monotonic() < self.full_until):
             return None
         now = time.monotonic()
         self.not_before = {id: time for id, time in self.not_before.items() if time > now}
-        works = [work for id, work in self.works.items() if id not in self.not_before]
+        works = [work for id, work in self.works.items() if id not in self.not_before and id not in self.absent]
         stages = [stage for stage in slot.stages if all(stage != other.stage for other in self.slots if other != slot)]
         if slot != self.slots[0] and not self._may_overlap(works):
             return None
-        return plan.choose(works, stages, slot.stage, slot.is_turn_over())
+        return plan.choose(works, stages, slot.loaded if slot.worker else None, slot.is_turn_over())
 
     def _is_in_the_way(self, slot: Slot, order: plan.Order) -> bool:
         """Whether another worker must end first: only decode may be beside denoise."""
@@ -214,43 +236,47 @@ class Dispatcher:
         return self.terms.overlap
 
     def _has_space(self) -> bool:
-        if self._free() < self.terms.min_free:
-            self.pause()
-            return False
-        if self.is_full:
-            self.is_full = False
-            self.terminal.notice("goes on: there is space on the disk again")
-        return True
+        free = self._free()
+        if free < self.terms.min_free:
+            wanted = self.terms.min_free / 1e9
+            self.pause(f"{free / 1e9:.1f} GB are free in {self.jobs.outbox}, {wanted:.1f} GB should be")
+        return free >= self.terms.min_free
 
     def _free(self) -> int:
         info = os.statvfs(self.jobs.outbox)
         return info.f_bavail * info.f_frsize
 
-    def _begin(self, slot: Slot, order: plan.Order) -> None:
-        worker = slot.worker
-        job = self.jobs.read(order.id)
-        if job is None or worker is None:
-            self.look(order.id)
+    def _begin(self, slot: Slot, worker: Worker, order: plan.Order) -> None:
+        try:
+            job = self.jobs.read(order.id)
+        except UserError:
+            job = None
+        if job is None:
+            self.look(order.id)  # says what is wrong with it
             return
-        before = self.jobs.read_trouble(job.id, order.stage)
-        reached = plan.reached(self.jobs, job, order.stage)
-        attempts = before.attempts + 1 if before.reached == reached else 1
-        if attempts > ATTEMPTS:  # nobody was left to say how they ended
-            self._set_aside(order, f"{ATTEMPTS} attempts ended with everything being killed", before)
-            return
-        self.jobs.write_trouble(job.id, order.stage, replace(before, attempts=attempts, reached=reached))
+        slot.prepares = order.stage == "denoise" and job.model not in self.can_preview
+        again = False
+        if not slot.prepares:
+            before = self.jobs.read_trouble(job.id, order.stage)
+            reached = plan.reached(self.jobs, job, order.stage)
+            same = before.reached == reached
+            again = same and before.attempts > 0
+            if again and before.attempts >= UNSEEN_ATTEMPTS:
+                self._set_aside(order, f"{UNSEEN_ATTEMPTS} attempts ended with everything being killed", before)
+                return
+            attempts, failed = (before.attempts + 1, before.failed) if same else (1, 0)
+            trouble = replace(before, attempts=attempts, failed=failed, reached=reached)
+            self.jobs.write_trouble(job.id, order.stage, trouble)
         work = self.works[order.id]
         number = {"denoise": work.denoised + 1, "decode": work.done + 1}
         place = f" {number[order.stage]}/{work.wanted}" if order.stage in number else ""
         slot.order, slot.run, slot.label = order, job.run, f"{order.stage} {job.run}{place}"
         slot.failures, slot.hung, slot.told = [], False, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it is dead, as will be seen
-            if order.stage == "denoise" and job.model not in self.can_preview:
-                self.can_preview.add(job.model)
-                slot.prepares = True
-                worker.send(Order(["fit-preview", f"--model={job.model}"]))
-            else:
-                worker.send(_command(self.jobs, job, order, self.terms, again=attempts > 1))
+        if slot.prepares:
+            self.can_preview.add(job.model)
+            worker.send(Order(["fit-preview", f"--model={job.model}"]))
+        else:
+            worker.send(_command(self.jobs, job, order, self.terms, again))
 
     def _release(self, slot: Slot) -> int:
         """Ends a slot's worker; its memory is back afterwards. Returns its exit code."""
@@ -273,7 +299,7 @@ class Dispatcher:
             now = time.monotonic()
             if event.done and not slot.has_loaded:
                 slot.has_loaded = True
-                slot.loading = now - slot.worker.started
+                slot.loading = now - slot.turn_began
             self.terminal.report(slot.label, event.done, event.total, slot.line)
             if not self.terminal.is_live() and now - slot.told > LOG_SECONDS:
                 slot.told = now
@@ -285,8 +311,10 @@ class Dispatcher:
             return
         if slot.prepares:  # without a preview if it failed; the order itself comes next
             slot.prepares = False
-            self._uncount(order)
             return
+        if answer.outcome == "done" and self.is_full:
+            self.is_full = False
+            self.terminal.notice("goes on: there is space on the disk again")
         if answer.outcome == "refused" and order.stage == "encode":
             self._set_aside(order, answer.message, Trouble())
         elif answer.outcome in ("refused", "some_failed"):
@@ -294,9 +322,12 @@ class Dispatcher:
         elif answer.outcome == "busy":
             self._uncount(order)
             self.not_before[order.id] = time.monotonic() + BUSY_SECONDS
+        elif answer.outcome == "unavailable":
+            self._uncount(order)
+            self._wait_for_model(order, answer.message)
         elif answer.outcome == "environment" and answer.errno in NO_SPACE:
             self._uncount(order)
-            self.pause()
+            self.pause(answer.message)
         elif answer.outcome == "environment":
             self._failed(order, answer.message, slot.label, slot.worker)
         elif answer.outcome == "interrupted":
@@ -310,7 +341,7 @@ class Dispatcher:
         code = self._release(slot)
         why = f"no progress for {self.terms.hang:.0f} s" if hung else how_it_ended(code)
         if self.stopping or prepared:
-            if order:
+            if order and not prepared:
                 self._uncount(order)
         elif order:
             self._failed(order, why, slot.label, worker)
@@ -325,13 +356,21 @@ class Dispatcher:
     def _failed(self, order: plan.Order, why: str, label: str, worker: Worker | None) -> None:
         """An attempt brought nothing."""
         log = tuple(worker.log) if worker else ()
-        trouble = replace(self.jobs.read_trouble(order.id, order.stage), log=log)
-        if trouble.attempts >= ATTEMPTS:
+        before = self.jobs.read_trouble(order.id, order.stage)
+        trouble = replace(before, failed=before.failed + 1, log=log)
+        if trouble.failed >= ATTEMPTS:
             self._set_aside(order, f"{ATTEMPTS} attempts failed, at last because {why}", trouble)
             return
         self.jobs.write_trouble(order.id, order.stage, trouble)
-        self.not_before[order.id] = time.monotonic() + RETRY_SECONDS * trouble.attempts
-        self.terminal.notice(f"{label}: {why}; attempt {trouble.attempts + 1} of {ATTEMPTS} follows")
+        self.not_before[order.id] = time.monotonic() + RETRY_SECONDS * trouble.failed
+        self.terminal.notice(f"{label}: {why}; attempt {trouble.failed + 1} of {ATTEMPTS} follows")
+
+    def _wait_for_model(self, order: plan.Order, why: str) -> None:
+        if why not in self.absent_said:
+            self.absent_said.add(why)
+            self.terminal.notice(f"{self.works[order.id].run} waits: {why}")
+        self.absent[order.id] = why
+        self.absent_until = time.monotonic() + ABSENT_SECONDS
 
     def _set_aside(self, order: plan.Order, why: str, trouble: Trouble) -> None:
         self.jobs.write_trouble(order.id, order.stage, replace(trouble, set_aside=why))

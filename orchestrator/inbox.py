@@ -11,6 +11,7 @@ and looked at once more afterwards. Hidden and temporary names are others' busin
 
 import contextlib
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from artifacts_schema import disk
 from artifacts_schema.errors import UserError
+from artifacts_schema.jobs import JOBS
 
 SUFFIXES = (".txt", ".toml", ".jsonl", ".png")
 CHANGES_SUFFIX = ".png.toml"  # beside a picture: what is to be other when it is made again
@@ -30,6 +32,9 @@ EMPTY_FACTOR = 10  # times longer for empty files: many a copy begins as one
 MAX_NAME_BYTES = 200  # of a claimed drop: its id and what may be put behind it must fit as well
 ID_LENGTH = 16
 LEFTOVER_SECONDS = 3600
+OUTBOX_ID = "outbox-id"  # a random name, as paths differ between machines
+CLAIM = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}-.")
+OUR_TEMPORARY = re.compile(re.escape(disk.TEMPORARY) + "[0-9a-f]{16}")
 
 Notice = Callable[[str], None]
 Signature = tuple[int, int, int]  # size, time of change in ns, inode
@@ -56,6 +61,7 @@ class Inbox:
         self.notice = notice
         self.seen: dict[Path, tuple[Signature, float]] = {}  # since when (monotonic) it looks like that
         self.told: set[str] = set()
+        self.stuck: set[Path] = set()  # what cannot be taken in, for a reason that was told
         self.last_id = 0
 
     def claim(self) -> bool:
@@ -70,40 +76,43 @@ class Inbox:
         taken = {path: since for path, since in self.seen.items() if path.parent == self.claimed}
         self.seen = taken | {path: self._since(path, signature, now) for path, signature in drops.items()}
         settled = [path for path in drops if self._is_settled(path, now)]
-        pictures = {path.name for path in settled if path.suffix.lower() == ".png"}
+        sidecars = {_key(path): path for path in drops if path.name.lower().endswith(CHANGES_SUFFIX)}
+        pictures = {f"{_key(path)}.toml" for path in drops if path.suffix.lower() == ".png"}
         parents = set()
         for path in sorted(settled, key=lambda path: (self.seen[path][0][1], path)):
             if path.name.lower().endswith(CHANGES_SUFFIX):
-                if path.with_suffix("").name not in pictures:
+                if _key(path) not in pictures:
                     self._tell_once(f"{path} waits for its picture {path.with_suffix('').name}")
                 continue
-            changes = path.with_name(f"{path.name}.toml")
-            if changes in drops and changes not in settled:
+            changes = sidecars.get(f"{_key(path)}.toml")
+            if changes and changes not in settled:
                 continue
-            if self._claim(path, changes if changes in drops else None):
+            if self._claim(path, changes):
                 parents.add(path.parent)
+                self.stuck.discard(path)
         if parents:  # before a job is made of it: or, after a power cut, the drop would be back and be made again
             disk.sync(self.claimed)
             for parent in parents:
                 with contextlib.suppress(OSError):  # it went meanwhile
                     disk.sync(parent)
-        return any(path in self.seen for path in drops if not path.name.lower().endswith(CHANGES_SUFFIX))
+        waiting = self.seen.keys() - self.stuck - set(sidecars.values())
+        return any(path in waiting for path in drops)
 
     def claims(self) -> list[Claim]:
         """All drops that were taken in, as they came."""
         try:
-            names = sorted(path.name for path in self.claimed.iterdir())
-        except FileNotFoundError:
+            names = dict.fromkeys(sorted(path.name for path in self.claimed.iterdir()))
+        except OSError:  # the inbox is gone, or is a file now
             return []
         claims = []
-        for name in names:
+        for name in filter(CLAIM.match, names):
             id, path = name[:ID_LENGTH], self.claimed / name
-            changes = self.claimed / f"{name}.toml"
+            changes = f"{name}.toml"
             if name.lower().endswith(CHANGES_SUFFIX):
-                if not (self.claimed / name.removesuffix(name[-5:])).exists():
+                if name[: -len(".toml")] not in names:
                     self._put_back(path)  # a kill came between it and its picture
-            elif len(name) > ID_LENGTH + 1 and not name.startswith("."):
-                claims.append(Claim(id, path, changes if os.path.lexists(changes) else None))
+            else:
+                claims.append(Claim(id, path, self.claimed / changes if changes in names else None))
         return claims
 
     def is_whole(self, claim: Claim) -> bool:
@@ -119,13 +128,29 @@ class Inbox:
         name = _free_name(directory, claim.name, claim.path)
         if reason:
             disk.publish(directory, _beside(name), f"{reason}\n".encode())
-        if claim.changes:
-            self.seen.pop(claim.changes, None)
-            with contextlib.suppress(FileNotFoundError):
-                disk.move(claim.changes, directory / _free_name(directory, f"{claim.name}.toml", claim.changes))
         self.seen.pop(claim.path, None)
         with contextlib.suppress(FileNotFoundError):
             disk.move(claim.path, directory / name)
+        if claim.changes:
+            self.seen.pop(claim.changes, None)
+            with contextlib.suppress(FileNotFoundError):
+                disk.move(claim.changes, directory / _free_name(directory, f"{name}.toml", claim.changes))
+
+    def belong_to(self, outbox: Path) -> None:
+        """Raises UserError if drops were taken in for another outbox: they would be made in both."""
+        known = outbox / JOBS / OUTBOX_ID
+        if not known.exists():
+            disk.publish(known.parent, OUTBOX_ID, os.urandom(16).hex().encode())
+        mine = known.read_bytes() + b"\n" + os.fsencode(outbox.resolve())
+        other = self.claimed / f".{OUTBOX_ID}"
+        before = other.read_bytes() if other.exists() else mine
+        if before.partition(b"\n")[0] != mine.partition(b"\n")[0] and self.claims():
+            where = os.fsdecode(before.partition(b"\n")[2])
+            raise UserError(
+                f"{self.directory} has drops that were taken in for {where}; finish them with --out {where}"
+            )
+        if before != mine or not other.exists():
+            disk.publish(self.claimed, other.name, mine)
 
     def sweep(self) -> None:
         """Clears away what a kill left half-written."""
@@ -147,7 +172,7 @@ class Inbox:
                 continue
             for entry in entries:
                 path = folder / entry.name
-                if entry.name.startswith(disk.TEMPORARY):
+                if folder == self.directory and OUR_TEMPORARY.fullmatch(entry.name):
                     self._forget_if_old(path)
                 if entry.name.startswith(".") or (folder == self.directory and entry.name in (DONE, FAILED)):
                     continue
@@ -185,6 +210,7 @@ class Inbox:
             return False  # renamed or removed by whoever dropped it
         except (OSError, UserError) as error:
             self._tell_once(f"cannot take in {path}: {getattr(error, 'strerror', None) or error}")
+            self.stuck.add(path)
             return False
         return True
 
@@ -203,13 +229,19 @@ class Inbox:
     def _forget_if_old(self, path: Path) -> None:
         """What a `submit` that was killed has left."""
         with contextlib.suppress(OSError):
-            if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
-                disk.remove(path)
+            info = path.lstat()
+            if stat.S_ISREG(info.st_mode) and time.time() - info.st_ctime > LEFTOVER_SECONDS:
+                path.unlink()
 
     def _put_back(self, changes: Path) -> None:
+        """Brings a picture's changes back to it, wherever it is: still in the inbox, or put away already."""
+        name = changes.name[ID_LENGTH + 1 :]
+        picture = name[: -len(".toml")]
         with contextlib.suppress(OSError):
-            name = _free_name(self.directory, changes.name[ID_LENGTH + 1 :], changes)
-            disk.move(changes, self.directory / name)
+            found = [path.parent for path in self._drops() if path.name == picture]
+            ended = [directory for directory in (self.failed, self.done) if os.path.lexists(directory / picture)]
+            directory = [*found, *ended, self.directory][0]
+            disk.move(changes, directory / _free_name(directory, name, changes))
 
     def _refuse(self, path: Path, reason: str) -> None:
         disk.make_directory(self.failed)
@@ -224,19 +256,52 @@ class Inbox:
             self.notice(line)
 
 
-def submit(path: Path, inbox: Path) -> Path:
-    """Puts a copy of a file into an inbox, whole at once and in nobody's place. Returns where it is."""
+def submit(paths: list[Path], inbox: Path) -> list[Path]:
+    """Puts copies of files into an inbox, each whole at once and in nobody's place. Returns where they are.
+
+    A picture and the changes to it stay together, and those of others apart.
+    """
     from artifacts_schema.store import MAX_FILE_BYTES
 
-    if not path.name.lower().endswith(SUFFIXES):
-        raise UserError(f"{path} is no .txt, .toml, .jsonl or .png file")
-    try:
-        data = disk.read(path.resolve(), MAX_FILE_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    contents = {}
+    for path in paths:
+        name = path.name.lower()
+        if not name.endswith(SUFFIXES) or name.startswith(".") or name.endswith(REASON_SUFFIX):
+            raise UserError(f"{path} is no .txt, .toml, .jsonl or .png file that is taken in")
+        try:
+            contents[path] = disk.read(path.resolve(), MAX_FILE_BYTES)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
     if not inbox.is_dir():
         raise UserError(f"{inbox} is no folder; start `qwen-stage watch {inbox}` first")
-    return inbox / disk.publish_new(inbox, _numbered(path.name), data)
+    changes = {path.with_suffix(""): path for path in paths if path.name.lower().endswith(CHANGES_SUFFIX)}
+    placed = []
+    for path in paths:
+        if path in changes.values() and path.with_suffix("") in contents:
+            continue  # comes with its picture
+        names = (name for name in _numbered(path.name) if not _has_other(inbox, name))
+        while True:
+            name = next(names)
+            first = []
+            try:
+                if path in changes:  # first: a picture without its changes would be taken in
+                    first = [disk.publish_new(inbox, iter([f"{name}.toml"]), contents[changes[path]])]
+                placed += [inbox / each for each in (*first, disk.publish_new(inbox, iter([name]), contents[path]))]
+                break
+            except FileExistsError:  # somebody was faster
+                for each in first:
+                    disk.remove(inbox / each)
+    return placed
+
+
+def _has_other(inbox: Path, name: str) -> bool:
+    """Whether a name, or that of changes to it, is taken."""
+    return os.path.lexists(inbox / name) or os.path.lexists(inbox / f"{name}.toml")
+
+
+def _key(path: Path) -> str:
+    """A path whose picture and changes may differ in case."""
+    return str(path.with_name(path.name.lower()))
 
 
 def _signature(info: os.stat_result) -> Signature:

@@ -12,15 +12,17 @@ from msgspec.structs import replace
 from artifacts_schema import disk, keys
 from artifacts_schema.errors import Unreadable, UserError
 from artifacts_schema.jobs import Job
-from artifacts_schema.manifests import Dtype, Recipe
-from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts
+from artifacts_schema.manifests import Dtype, Recipe, Settings
+from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts, resolve
 from orchestrator.inbox import Claim
 from orchestrator.inspect import read_recipe
 from stages.checkpoint import Checkpoint, default_dtype, open_checkpoint
 from stages.decode import DEFAULT_DTYPE
 from stages.encode import DEFAULT_NEGATIVE_PROMPT
 
-MAX_DROP_BYTES = 16 << 20  # of prompts; they are held in memory
+MAX_DROP_BYTES = 4 << 20  # of prompts; they are held in memory
+MAX_PROMPTS = 10_000
+MAX_PICTURES = 100_000
 MAX_RUN_NAME = 80
 
 Notice = Callable[[str], None]
@@ -64,7 +66,7 @@ class Intake(NamedTuple):
             dtype=self.dtype or (recipe.dtype if recipe else default_dtype()),
             decode_dtype=(recipe.decode_dtype if recipe else None) or DEFAULT_DTYPE,
             priority=max(prompt.priority for prompt in prompts),
-            prompts=tuple(dict.fromkeys(_whole(prompt) for prompt in prompts)),
+            prompts=_checked([_whole(prompt, checkpoint.defaults) for prompt in prompts], source),
         )
 
     def _checkpoint(self, recipe: Recipe, source: str) -> Checkpoint:
@@ -91,15 +93,26 @@ def _made(recipe: Recipe, source: str) -> Entry:
     )
 
 
-def _whole(prompt: Prompt) -> Prompt:
-    """As `encode` will list it."""
+def _whole(prompt: Prompt, defaults: Settings) -> Prompt:
+    """With nothing left open, as `encode` will list it."""
     negative = DEFAULT_NEGATIVE_PROMPT if prompt.negative_prompt is None else prompt.negative_prompt
-    return replace(prompt, negative_prompt=negative, priority=0)
+    settings = resolve(prompt.settings, defaults)
+    return replace(prompt, negative_prompt=negative, settings=settings, priority=0)
+
+
+def _checked(prompts: list[Prompt], source: str) -> tuple[Prompt, ...]:
+    pictures = sum(len(prompt.settings.seeds or ()) for prompt in prompts)
+    if len(prompts) > MAX_PROMPTS or pictures > MAX_PICTURES:
+        raise UserError(
+            f"{source} holds {len(prompts):,} prompts for {pictures:,} pictures; a drop may hold {MAX_PROMPTS:,} and "
+            f"{MAX_PICTURES:,}: split it"
+        )
+    return tuple(dict.fromkeys(prompts))
 
 
 def _run_name(drop: str, is_taken: Callable[[str], bool]) -> str:
     """A directory's name for a drop: its own without suffix, of letters, digits, dashes; or the next that is free."""
-    stem = Path(drop).stem
+    stem = unicodedata.normalize("NFC", Path(drop).stem)
     # letters, their marks, and numbers of any script
     words = "".join(char if char in "_." or unicodedata.category(char)[0] in "LMN" else " " for char in stem).split()
     name = "-".join(words)[:MAX_RUN_NAME].strip("-.") or "job"

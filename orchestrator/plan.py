@@ -12,13 +12,15 @@ from artifacts_schema.manifests import (
     LatentsManifest,
     Manifest,
     PromptItem,
-    Settings,
 )
 from artifacts_schema.prompts import Prompt, Wanted, as_wanted, pictures_of
 
 AT_ONCE = {"encode": 1, "denoise": 1, "decode": 8}  # pictures in one order: jobs take turns between orders
 SHOWN_REASONS = 20  # of pictures that failed
 KINDS: dict[str, type[Manifest]] = {"encode": EmbeddingsManifest, "denoise": LatentsManifest, "decode": ImagesManifest}
+
+
+Loads = tuple[str, str]  # the model and the dtype that a worker has loaded
 
 
 class Work(NamedTuple):
@@ -31,6 +33,7 @@ class Work(NamedTuple):
     done: int  # pictures that are there
     wanted: int  # pictures there will be; 0: not known before they are encoded
     pixels: int  # of the largest of them
+    loads: dict[str, Loads]  # by stage
     next: dict[str, tuple[Any, ...]]  # encode: (); denoise: `Wanted`; decode: keys of latents
     served: dict[str, int]  # ns since the epoch
 
@@ -40,21 +43,19 @@ class Order(NamedTuple):
 
     id: str
     stage: str
+    loads: Loads
     pictures: tuple[Any, ...]
 
 
-def look(jobs: Jobs, job: Job, defaults: Settings, now: float) -> Work | Ended:
-    """What a job needs, by what is on disk; or how it ended, if nothing more can be done. Raises UserError.
-
-    `defaults`: the checkpoint's own.
-    """
+def look(jobs: Jobs, job: Job, now: float) -> Work | Ended:
+    """What a job needs, by what is on disk; or how it ended, if nothing more can be done. Raises UserError."""
     run = jobs.run(job)
     troubles = {stage: jobs.read_trouble(job.id, stage) for stage in STAGES}
     embeddings = store.read_manifest_if_any(run / EmbeddingsManifest.kind, EmbeddingsManifest)
     encoded = {_asked(item): item for item in embeddings.items} if embeddings else {}
     asked = [_asked(prompt) for prompt in job.prompts]
     items = [encoded[each] for each in asked if each in encoded]
-    wanted = dict.fromkeys(each for item in items for each in pictures_of(item, defaults))
+    wanted = dict.fromkeys(each for item in items for each in pictures_of(item))
     latents = store.read_manifest_if_any(run / LatentsManifest.kind, LatentsManifest)
     denoised = {as_wanted(item): item.key for item in latents.items if item.dtype == job.dtype} if latents else {}
     images = store.read_manifest_if_any(run / ImagesManifest.kind, ImagesManifest)
@@ -68,8 +69,11 @@ def look(jobs: Jobs, job: Job, defaults: Settings, now: float) -> Work | Ended:
     for stage, trouble in troubles.items():
         if trouble.set_aside:
             return _failed(job, now, done, f"{stage}: {trouble.set_aside}", trouble)
+    loads = dict.fromkeys(("encode", "denoise"), (job.model, str(job.dtype))) | {
+        "decode": (job.model, str(job.decode_dtype))
+    }
     if len(items) < len(asked):
-        return Work(job.id, job.run, job.priority, 0, 0, 0, 0, {"encode": ()}, _served(run))
+        return Work(job.id, job.run, job.priority, 0, 0, 0, 0, loads, {"encode": ()}, _served(run))
     if not to_denoise and not to_decode:
         if not any(given_up.values()):
             return Ended(job=job, outcome="done", at=now, pictures=done)
@@ -82,29 +86,34 @@ def look(jobs: Jobs, job: Job, defaults: Settings, now: float) -> Work | Ended:
     if to_decode:
         following["decode"] = tuple(to_decode[: AT_ONCE["decode"]])
     pixels = max(each.width * each.height for each in wanted)
-    return Work(job.id, job.run, job.priority, len(made), done, len(wanted), pixels, following, _served(run))
+    return Work(job.id, job.run, job.priority, len(made), done, len(wanted), pixels, loads, following, _served(run))
 
 
-def choose(works: Iterable[Work], stages: Collection[str], current: str | None, turn_over: bool) -> Order | None:
-    """The next order for a process that may run these stages and has the model of `current` loaded.
+def choose(
+    works: Iterable[Work], stages: Collection[str], loaded: tuple[str, Loads] | None, turn_over: bool
+) -> Order | None:
+    """The next order for a process that may run these stages, and has loaded this stage's model.
 
-    Only what has the highest priority counts. The loaded stage goes on until its work or its turn is over, then the
-    next one in the circle comes that has work; within a stage, the job that was served longest ago.
+    Only what has the highest priority counts. What is loaded goes on until its work or its turn is over, then the next
+    stage in the circle comes that has work; within a stage, the job that was served longest ago.
     """
-    best: dict[str, tuple[tuple[int, int, str], Work]] = {}
+    stage_now, loads_now = loaded or (None, None)
+    best: dict[str, tuple[tuple[int, bool, int, str], Work]] = {}
     for work in works:
         for stage in work.next:
             if stage in stages:
-                rank = (-work.priority, work.served[stage], work.id)
+                reloads = stage == stage_now and not turn_over and work.loads[stage] != loads_now
+                rank = (-work.priority, reloads, work.served[stage], work.id)
                 if stage not in best or rank < best[stage][0]:
                     best[stage] = rank, work
     highest = max((work.priority for _, work in best.values()), default=0)
     circle = [*STAGES, *STAGES]
-    after = circle[STAGES.index(current) + 1 :] if current else circle
-    for stage in after if turn_over or not current else [current, *after]:
+    after = circle[STAGES.index(stage_now) + 1 :] if stage_now else circle
+    goes_on = stage_now in best and not turn_over and not best[stage_now][0][1]
+    for stage in [stage_now, *after] if stage_now and goes_on else after:
         if stage in best and best[stage][1].priority == highest:
             work = best[stage][1]
-            return Order(work.id, stage, work.next[stage])
+            return Order(work.id, stage, work.loads[stage], work.next[stage])
     return None
 
 

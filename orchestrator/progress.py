@@ -1,5 +1,6 @@
 """What a waiting person sees on stderr: bars when it is a terminal, only the notices in a pipe."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,11 +40,13 @@ class Terminal:
         return sys.stderr is not None and sys.stderr.isatty()
 
     def notice(self, line: str) -> None:
-        for _, bar in self.bars.values():
-            bar.clear()
-        print(f"qwen-stage: {line}", file=sys.stderr, flush=True)
-        for _, bar in self.bars.values():
-            bar.refresh()
+        """Nothing that is said is worth dying for: where it goes may be full, or gone."""
+        with contextlib.suppress(OSError, ValueError):
+            for _, bar in self.bars.values():
+                bar.clear()
+            print(f"qwen-stage: {line}", file=sys.stderr, flush=True)
+            for _, bar in self.bars.values():
+                bar.refresh()
 
     def close(self, line: int = 0) -> None:
         if line in self.bars:

@@ -11,27 +11,31 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from artifacts_schema import disk, store
-from artifacts_schema.errors import Busy, Unreadable, UserError
-from artifacts_schema.jobs import STAGES, Ended, Job, Jobs
+from artifacts_schema.errors import Busy, Damaged, Unreadable, UserError
+from artifacts_schema.jobs import STAGES, Ended, Jobs
 from artifacts_schema.manifests import Dtype, LatentsManifest
 from artifacts_schema.trajectory import forget_steps
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, plan
 from orchestrator.dispatch import ATTEMPTS, NO_SPACE, RETRY_SECONDS, Dispatcher, Terms
+from orchestrator.gallery import PAGE
 from orchestrator.inbox import CLAIMED, DONE, FAILED, SETTLE_SECONDS, Claim, Inbox
 from orchestrator.intake import Intake
 from orchestrator.progress import Terminal
 from orchestrator.run import COMMAND
-from stages.checkpoint import open_checkpoint
 
 RESCAN_SECONDS = 10.0  # whatever the events say
 POLL_SECONDS = 2.0  # where there are no events
 CLAIMS_AT_ONCE = 50  # made into jobs, before the workers are looked after again
 SHORTEST_WAIT_SECONDS = 0.05
+LISTENER_SECONDS = 2.0  # that the thread may take to end
+ORPHAN_SECONDS = 0.1  # between two looks whether an orphaned worker has ended
+PAGE_TIMEOUT_SECONDS = 60.0  # for the last page
 PAGE_SECONDS = 2.0  # at least between two pages
 PAGE_SHARE = 10  # and so many times what writing one took
 
@@ -43,7 +47,6 @@ class Options(NamedTuple):
     terms: Terms
     model: str | None = None
     dtype: Dtype | None = None
-    once: bool = False
     poll: bool = False
     settle: float = SETTLE_SECONDS
 
@@ -78,16 +81,17 @@ class Watch:
         )
         self.watched = _Watched(inbox, None if options.poll else notifier or watch_files)
         self.page = _Page(outbox)
-        self.unread: dict[str, int] = {}  # how often a claimed drop could not be read
         self.some_failed = False
+        self.tries: dict[str, int] = {}  # by drop or job, how often something went wrong with it
+        self.stamps: dict[str, tuple[int, ...]] = {}
         self.failures = 0  # in a row, of file operations
         self.waits = False  # for a drop to settle, or to be made a job
+        self.is_seen = False  # all that there is, and nothing failed since
         self.rescan_at = 0.0
 
     def run(self) -> int:
         """Goes on until it is interrupted; with `once`, until nothing is left to do. Returns the exit code."""
-        for directory in (self.jobs.open, self.jobs.ended, *(self.jobs.stage(stage) for stage in STAGES)):
-            disk.make_directory(directory)
+        self._make_directories()
         with contextlib.ExitStack() as stack:
             self._lock(stack)
             self._open_pipe(stack)
@@ -104,7 +108,11 @@ class Watch:
         self.page.write()
         if self.dispatcher.stopping:
             return EXIT_INTERRUPTED
-        return EXIT_SOME_FAILED if self.some_failed else EXIT_DONE
+        return EXIT_SOME_FAILED if self.some_failed or self.dispatcher.absent else EXIT_DONE
+
+    def _make_directories(self) -> None:
+        for directory in (self.jobs.open, self.jobs.ended, *(self.jobs.stage(stage) for stage in STAGES)):
+            disk.make_directory(directory)
 
     def _go_on(self) -> None:
         if self.interrupted():
@@ -118,16 +126,17 @@ class Watch:
     def _overcome(self, error: OSError) -> None:
         """What is on the disk is whole; what failed is tried again."""
         self.failures += 1
+        self.is_seen = False
         if error.errno in NO_SPACE:
-            self.dispatcher.pause()
-        elif self.options.once and self.failures >= ATTEMPTS:
+            self.dispatcher.pause(f"{error.filename or self.jobs.outbox}: {error.strerror}")
+        elif self.options.terms.once and self.failures >= ATTEMPTS:
             raise error
         elif self.failures == 1:
             self.notice(f"{error.filename or self.jobs.outbox}: {error.strerror or error}; it is tried again")
         self.rescan_at = time.monotonic() + RETRY_SECONDS
 
     def _is_over(self) -> bool:
-        ends = self.dispatcher.stopping or (self.options.once and self.rescan_at > 0 and not self.waits)
+        ends = self.dispatcher.stopping or (self.options.terms.once and self.is_seen and not self.waits)
         return ends and self.dispatcher.is_idle()
 
     # -- being alone, and being woken
@@ -147,18 +156,29 @@ class Watch:
             self.jobs.sweep(stage)
             workers = self.jobs.stage(stage) / "worker"
             disk.make_directory(workers)
-            try:
-                self.held[stage] = stack.enter_context(disk.lock(workers))
-            except BlockingIOError:
-                self.notice(f"waiting for {stage} of an earlier watch to save its step")
-                self.held[stage] = stack.enter_context(disk.lock(workers, wait=True))
+            self.held[stage] = self._lock_workers(stack, stage, workers)
         if self.takes_in:
             lock(self.inbox.claimed, f"takes in what is dropped into {self.inbox.directory}")
             self.inbox.sweep()
+            self.inbox.belong_to(self.jobs.outbox)
             lock(self.jobs.open, f"adds jobs to {self.jobs.outbox}")
             disk.sweep(self.jobs.open)
         with disk.lock(self.jobs.ended, wait=True):
             disk.sweep(self.jobs.ended)
+
+    def _lock_workers(self, stack: contextlib.ExitStack, stage: str, directory: Path) -> int:
+        """Waits for a worker whose watch died: it has been told to save its step and end."""
+        waits = False
+        while True:
+            try:
+                return stack.enter_context(disk.lock(directory))
+            except BlockingIOError:
+                if not waits:
+                    self.notice(f"waiting for {stage} of an earlier watch to save its step and end")
+                waits = True
+                if self.interrupted():
+                    raise KeyboardInterrupt from None
+                time.sleep(ORPHAN_SECONDS)
 
     def _open_pipe(self, stack: contextlib.ExitStack) -> None:
         """Through which signals and file events end the waiting."""
@@ -181,7 +201,7 @@ class Watch:
         times = [self.rescan_at - time.monotonic(), self.dispatcher.wait_at_most(), self.page.wait_at_most()]
         timeout = max(min(times), SHORTEST_WAIT_SECONDS if self.rescan_at else 0)
         pipes = [self.reader, *self.dispatcher.pipes(), *self.page.pipes()]
-        ready, _, _ = select.select(pipes, [], [], timeout)
+        ready, _, _ = select.select(pipes, self.dispatcher.unsent(), [], timeout)
         if self.reader in ready:
             with contextlib.suppress(BlockingIOError):
                 while b"!" in os.read(self.reader, 4096):
@@ -194,16 +214,24 @@ class Watch:
         now = time.monotonic()
         alone = set(self.stages) == set(STAGES)
         self.rescan_at = now + (RESCAN_SECONDS if alone and not self.options.poll else POLL_SECONDS)
+        self.is_seen = True
+        self._make_directories()  # somebody may have tidied up
         if self.takes_in:
             self.watched.look_after()
             self._take_in()
         open_ids = self.jobs.open_ids()
         for id in open_ids:
-            if id not in self.works or not alone:
+            if id not in self.works or (not alone and self._stamp(id) != self.stamps.get(id)):
                 self._look(id)
         for id in {*self.works, *self.over, *self.runs}.difference(open_ids):
             self._forget(id)
         self.dispatcher.has_news = True
+
+    def _stamp(self, id: str) -> tuple[int, ...]:
+        """By which what another watch did to a job is seen."""
+        run = self.jobs.outbox / self.runs.get(id, "")
+        paths = [self.jobs.ended / f"{id}.json", *(run / kind.kind / store.MANIFEST for kind in store.KINDS)]
+        return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
     def _take_in(self) -> None:
         self.waits = self.inbox.claim()
@@ -213,22 +241,42 @@ class Watch:
         for claim in fresh[:CLAIMS_AT_ONCE]:
             if not self.inbox.is_whole(claim):
                 self.waits = True
-            elif self.jobs.read_ended(claim.id):  # its job was closed
-                self._put_away(claim.id)
-            else:
-                self._make_job(claim)
+                continue
+            with self._isolated(claim.name):
+                if self.jobs.read_ended(claim.id):  # its job was closed
+                    self._put_away(claim.id)
+                else:
+                    self._make_job(claim)
         if len(fresh) > CLAIMS_AT_ONCE:
             self.waits = True
             self.rescan_at = 0.0
         elif self.waits:
             self.rescan_at = time.monotonic() + max(self.options.settle / 4, SHORTEST_WAIT_SECONDS)
 
+    @contextlib.contextmanager
+    def _isolated(self, what: str) -> Iterator[None]:
+        """What goes wrong with one drop or job concerns no other. It is tried again at the next look."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            self.is_seen = False
+            self.tries[what] = self.tries.get(what, 0) + 1
+            if self.tries[what] == 1:
+                self.notice(f"{what}: {error}; it is tried again")
+            if self.tries[what] < ATTEMPTS:
+                self.rescan_at = time.monotonic() + RETRY_SECONDS
+            else:
+                self.some_failed = True
+                self.is_seen = True  # `--once` waits no longer
+
     def _make_job(self, claim: Claim) -> None:
         try:
             job = self.intake.job(claim, self._is_taken)
         except UserError as error:
-            if isinstance(error, Unreadable) and self._may_try_again(claim):
-                return
+            if isinstance(error, Unreadable) and self.tries.get(claim.name, 0) < ATTEMPTS - 1:
+                raise
             self.notice(f"failed: {error}")
             self.some_failed = True
             self.inbox.put_away(claim, str(error))
@@ -239,39 +287,23 @@ class Watch:
         priority = f", priority {job.priority}" if job.priority else ""
         self.notice(f"{job.run}: taken in, {count} prompt{'' if count == 1 else 's'}{priority}")
 
-    def _may_try_again(self, claim: Claim) -> bool:
-        """Whether a drop that could not be read may be the next time."""
-        self.unread[claim.id] = self.unread.get(claim.id, 0) + 1
-        self.waits = self.unread[claim.id] < ATTEMPTS
-        return self.waits
-
     def _is_taken(self, run: str) -> bool:
-        return os.path.lexists(self.jobs.outbox / run) or run in self.runs.values()
+        """Also where a disk does not tell Cat from cat, before either is there; and the page is no run."""
+        taken = {PAGE, *(name.casefold() for name in self.runs.values())}
+        return run.casefold() in taken or os.path.lexists(self.jobs.outbox / run)
 
     def _look(self, id: str) -> plan.Work | None:
         """Sees what an open job needs now. One that needs nothing more has ended, and is put away."""
         if id in self.over:
             return None
         before = self.works.pop(id, None)
-        try:
-            job = self.jobs.read(id)
-            if job is None:
-                return None
-            self.runs[id] = job.run
-            ended = self.jobs.read_ended(id)
-            found = ended or self._plan(job)
-        except Unreadable as error:
-            self.notice(f"{error}; it is looked at again later")
-            return None
-        if isinstance(found, Ended):
-            if not ended:
-                self._tidy(found)
-                self.jobs.end(found)
-                self._tell_end(found)
-            self.over.add(id)
-            if self.takes_in:
-                self._put_away(id)
-            self.page.is_old = True
+        found: plan.Work | Ended | None = None
+        with self._isolated(self.runs.get(id, id)):
+            found = self._see(id)
+            if isinstance(found, Ended):
+                self._end(found)
+                found = None
+        if found is None:
             return None
         self.works[id] = found
         self.page.is_old |= before is None or before.done != found.done
@@ -279,13 +311,38 @@ class Watch:
             self.notice(f"{found.run}: {found.done} of {found.wanted} pictures")
         return found
 
-    def _plan(self, job: Job) -> plan.Work | Ended:
+    def _see(self, id: str) -> plan.Work | Ended | None:
+        """None if the job is not open any more."""
         try:
-            return plan.look(self.jobs, job, open_checkpoint(job.model).defaults, time.time())
+            job = self.jobs.read(id)
+        except Damaged as error:
+            if self.takes_in:
+                self.jobs.set_aside(id)
+                self.notice(f"{error}; it is made again from its drop")
+                self.rescan_at = 0.0
+                return None
+            raise
+        if job is None:
+            return None
+        self.runs[id] = job.run
+        self.stamps[id] = self._stamp(id)
+        try:
+            return self.jobs.read_ended(id) or plan.look(self.jobs, job, time.time())
         except Unreadable:
             raise
-        except UserError as error:  # its model is gone, or its run was changed by somebody
+        except UserError as error:  # somebody changed its run
             return Ended(job=job, outcome="failed", at=time.time(), reason=str(error))
+
+    def _end(self, ended: Ended) -> None:
+        id = ended.job.id
+        if not self.jobs.read_ended(id):
+            self._tidy(ended)
+            self.jobs.end(ended)
+            self._tell_end(ended)
+        if self.takes_in:
+            self._put_away(id)
+        self.over.add(id)
+        self.page.is_old = True
 
     def _tidy(self, ended: Ended) -> None:
         """Clears away what kills have left in a run where no stage will come by any more."""
@@ -327,7 +384,7 @@ class _Watched:
     def __init__(self, directory: Path, notifier: Notifier | None) -> None:
         self.directory, self.notifier = directory, notifier
         self.wake: Wake = lambda: None
-        self.end: Callable[[], None] = lambda: None
+        self.end: Callable[[], object] = lambda: None
         self.identity: tuple[int, int] | None = None
 
     def look_after(self) -> None:
@@ -338,8 +395,18 @@ class _Watched:
             identity = None
         if identity != self.identity and self.notifier:
             self.end()
-            self.end = self.notifier(self.directory, self.wake) if identity else lambda: None
+            if identity:
+                stop = self.notifier(self.directory, self.wake)
+                held = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)  # lest a new folder gets its inode
+                self.end = partial(_end_all, stop, partial(os.close, held))
+            else:
+                self.end = lambda: None
         self.identity = identity
+
+
+def _end_all(*ends: Callable[[], object]) -> None:
+    for end in ends:
+        end()
 
 
 class _Page:
@@ -382,7 +449,8 @@ class _Page:
 
     def write(self) -> None:
         """Now."""
-        subprocess.run(self.command, stdin=subprocess.DEVNULL, capture_output=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(self.command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PAGE_TIMEOUT_SECONDS)
 
 
 def watch_files(directory: Path, wake: Wake) -> Callable[[], None]:
@@ -402,5 +470,11 @@ def watch_files(directory: Path, wake: Wake) -> Callable[[], None]:
             ):
                 wake()
 
-    threading.Thread(target=listen, daemon=True).start()
-    return stop.set
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+
+    def end() -> None:
+        stop.set()
+        listener.join(LISTENER_SECONDS)
+
+    return end

@@ -20,16 +20,17 @@ from typing import IO, Literal, cast
 
 import msgspec
 
-from artifacts_schema.errors import Busy, Damaged, UserError
+from artifacts_schema.errors import Busy, Damaged, Unavailable, UserError
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 from orchestrator.progress import Voice
 
 LOG_LINES = 40
 LOG_LINE_LENGTH = 500
 READ_BYTES = 1 << 16
+MOST_REST_BYTES = 1 << 20  # of a line without end
 ENDING_SECONDS = 30.0  # that an idle worker may take to end
 
-Outcome = Literal["done", "some_failed", "refused", "busy", "environment", "interrupted"]
+Outcome = Literal["done", "some_failed", "refused", "busy", "unavailable", "environment", "interrupted"]
 
 
 class Order(msgspec.Struct, tag="order"):
@@ -62,8 +63,11 @@ class Answer(msgspec.Struct, tag="answer"):
 Event = Ready | Progress | Said | Answer
 
 
-def obey(perform: Callable[[list[str], Voice], int]) -> int:
-    """The worker's side: performs the orders from stdin, and answers on stdout. Returns the exit code."""
+def obey(prepare: Callable[[], None], perform: Callable[[list[str], Voice], int]) -> int:
+    """The worker's side: performs the orders from stdin, and answers on stdout. Returns the exit code.
+
+    `prepare` imports what orders will need.
+    """
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever else is printed belongs into the log
     encode = msgspec.json.Encoder().encode
@@ -79,8 +83,9 @@ def obey(perform: Callable[[list[str], Voice], int]) -> int:
     busy = threading.Event()  # from the moment an order has come
     orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(orders, busy), daemon=True).start()
-    tell(Ready())
     try:
+        prepare()
+        tell(Ready())
         while (order := orders.get()) is not None:
             sys.stdin = io.TextIOWrapper(io.BytesIO(order.stdin.encode()), encoding="utf-8")
             answer = _perform(perform, order.arguments, voice)
@@ -110,6 +115,8 @@ def _perform(perform: Callable[[list[str], Voice], int], arguments: list[str], v
         code = perform(arguments, voice)
     except Busy as error:
         return Answer("busy", str(error))
+    except Unavailable as error:
+        return Answer("unavailable", str(error))
     except UserError as error:
         because = error.__context__  # a file operation that failed may work the next time; damage stays
         if isinstance(because, OSError) and not isinstance(error, Damaged):
@@ -146,22 +153,33 @@ class Worker:
         self.orders: IO[bytes] = cast(IO[bytes], self.process.stdin)
         for pipe in (self.answers, self.stderr):
             os.set_blocking(pipe.fileno(), False)
+        os.set_blocking(self.orders.fileno(), False)
+        self.unsent = b""
         self._rest = {self.answers.fileno(): b"", self.stderr.fileno(): b""}
 
     def send(self, order: Order) -> None:
-        """Raises BrokenPipeError if the worker is gone."""
         self.log.clear()
         self.heard = time.monotonic()
-        data = memoryview(msgspec.json.encode(order) + b"\n")
-        while data:
-            data = data[self.orders.write(data) or 0 :]
+        self.unsent += msgspec.json.encode(order) + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what the pipe has room for, without waiting."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # that it is dead is seen elsewhere
+            while self.unsent:
+                self.unsent = self.unsent[os.write(self.orders.fileno(), self.unsent[:READ_BYTES]) :]
 
     def events(self) -> Iterator[Event]:
         """What it has said since, without waiting; its log is read along with that."""
+        self.flush()
         self._read_log()
         for line in self._lines(self.answers.fileno()):
+            try:
+                event: Event = msgspec.json.decode(line, type=Event)
+            except ValueError:  # a library that writes to the pipe itself
+                self.log.append(line[:LOG_LINE_LENGTH])
+                continue
             self.heard = time.monotonic()
-            event: Event = msgspec.json.decode(line, type=Event)
             if isinstance(event, Ready):
                 self.ready = True
             elif isinstance(event, Said):
@@ -174,11 +192,16 @@ class Worker:
     def _lines(self, pipe: int) -> list[str]:
         data = self._rest[pipe]
         with contextlib.suppress(BlockingIOError):
-            while block := os.read(pipe, READ_BYTES):
-                data += block
-            self.ended |= pipe == self.answers.fileno()
-        *lines, self._rest[pipe] = data.split(b"\n")
+            block = os.read(pipe, READ_BYTES)  # no more, as it may never end
+            data += block
+            self.ended |= not block and pipe == self.answers.fileno()
+        *lines, rest = data.split(b"\n")
+        self._rest[pipe] = rest[-MOST_REST_BYTES:]
         return [line.decode("utf-8", "replace") for line in lines]
+
+    def is_dead(self) -> bool:
+        """Also when something that it started holds its pipes open."""
+        return self.ended or self.process.poll() is not None
 
     def interrupt(self) -> None:
         """Finish the step, save it, end."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from artifacts_schema import keys, manifests
-from artifacts_schema.errors import UserError
+from artifacts_schema.errors import Unavailable, UserError
 from artifacts_schema.manifests import Settings
 from artifacts_schema.prompts import check_settings, parse_size
 
@@ -64,7 +64,7 @@ class Checkpoint:
     def component(self, name: str) -> Path:
         path = self.directory / name
         if not path.is_dir():
-            raise UserError(f"{self.directory} has no {name}/; download the whole model or choose another --model")
+            raise Unavailable(f"{self.directory} has no {name}/; download the whole model or choose another --model")
         return path
 
     def config(self, component: str, kind: type[T], file: str = "config.json") -> T:
@@ -150,9 +150,9 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
         directory = _in_hub_cache(model)
     else:
-        raise UserError(f"unknown model {model!r}: no such directory; give the directory of a Qwen-Image checkpoint")
+        raise Unavailable(f"unknown model {model!r}: no such directory; give the directory of a Qwen-Image checkpoint")
     if not (directory / "model_index.json").exists() and not any((directory / name).is_dir() for name in COMPONENTS):
-        raise UserError(f"{directory} is not a Qwen-Image checkpoint: it has no model_index.json and no transformer/")
+        raise Unavailable(f"{directory} is not a Qwen-Image checkpoint: it has no model_index.json and no transformer/")
     return Checkpoint(name, directory)
 
 
@@ -175,7 +175,7 @@ def _in_hub_cache(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        raise UserError(
+        raise Unavailable(
             f"unknown model {repository!r}: not a directory and not in the Hugging Face cache; "
             f"download it with `hf download {repository}`"
         ) from None

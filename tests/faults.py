@@ -221,6 +221,7 @@ class Performing:
         self.started = self.heard = time.monotonic()
         self.log: list[str] = []
         self.said: list[worker.Event] = [worker.Ready()]
+        self.unsent = b""
         reader, writer = os.pipe()
         os.close(writer)  # so that nobody waits for it
         self.answers = self.stderr = os.fdopen(reader, "rb")
@@ -240,6 +241,9 @@ class Performing:
             event = self.said.pop(0)
             self.ready |= isinstance(event, worker.Ready)
             yield event
+
+    def is_dead(self) -> bool:
+        return False
 
     def close(self) -> int:
         self.answers.close()

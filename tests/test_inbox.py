@@ -1,5 +1,6 @@
 """What lies in a drop folder: when it is taken in, where it ends, and what is never touched."""
 
+import errno
 import os
 import stat
 import threading
@@ -310,7 +311,7 @@ def test_submit_is_whole_at_once_and_in_nobodys_place(tmp_path):
         source.parent.mkdir()
         source.write_text(f"cat {number}")
     places: list[Path] = []
-    threads = [threading.Thread(target=lambda s=source: places.append(submit(s, inbox))) for source in sources]
+    threads = [threading.Thread(target=lambda s=source: places.extend(submit([s], inbox))) for source in sources]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -320,16 +321,96 @@ def test_submit_is_whole_at_once_and_in_nobodys_place(tmp_path):
     assert {stat.S_ISREG(path.lstat().st_mode) and path.stat().st_nlink for path in places} == {1}
 
 
-@pytest.mark.parametrize(("name", "what"), [("a.md", "no .txt"), ("missing.txt", "No such file")])
+def test_submitted_pictures_keep_their_own_changes(tmp_path, folder):
+    for name, seed in (("x", None), ("y", 2), ("z", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_text(f"picture {name}")
+        if seed:
+            (tmp_path / name / "a.png.toml").write_text(f"seed = {seed}")
+    submit([tmp_path / "x/a.png"], folder.path)
+    submit([tmp_path / "y/a.png.toml", tmp_path / "y/a.png"], folder.path)
+    submit([tmp_path / "z/a.png", tmp_path / "z/a.png.toml"], folder.path)
+    folder.pass_time()
+    found = {claim.path.read_text(): claim.changes and claim.changes.read_text() for claim in folder.inbox.claims()}
+    assert found == {"picture x": None, "picture y": "seed = 2", "picture z": "seed = 3"}
+
+
+def test_others_temporary_files_are_never_touched(folder, monkeypatch):
+    """Also old ones: a move keeps a file's time."""
+    folder.drop(".tmp-x.toml")
+    folder.drop(".tmp-dir/file")
+    folder.drop("deep/.tmp-0123456789abcdef")
+    ours = folder.drop(".tmp-0123456789abcdef")
+    folder.clock.now = ours.stat().st_ctime + 1
+    folder.pass_time()
+    assert ours.exists()
+    folder.clock.now += 24 * 3600
+    folder.pass_time()
+    assert names(folder.path) == [".claimed", ".tmp-dir", ".tmp-x.toml", "deep"] or names(folder.path) == [
+        ".tmp-dir",
+        ".tmp-x.toml",
+        "deep",
+    ]
+    assert names(folder.path / "deep") == [".tmp-0123456789abcdef"]
+
+
+def test_changes_find_their_picture_in_its_folder_and_in_any_case(folder, monkeypatch, clock):
+    folder.drop("deep/a.PNG", "a picture")
+    folder.drop("deep/a.PNG.TOML", "seed = 1")
+    assert folder.pass_time() == ["a.PNG"]
+    assert folder.only().changes is not None
+    folder.inbox.put_away(folder.only())
+    assert names(folder.inbox.done) == ["a.PNG", "a.PNG.toml"]
+
+
+def test_changes_follow_a_picture_that_was_put_away_before_a_kill(folder, monkeypatch):
+    folder.drop("a.png", "a picture")
+    folder.drop("a.png.toml", "seed = no")
+    folder.pass_time()
+    claim = folder.only()
+    folder.inbox.put_away(claim._replace(changes=None), "because")  # and then it was killed
+    folder.restart()
+    assert folder.inbox.claims() == []
+    assert names(folder.inbox.failed) == ["a.png", "a.png.reason.txt", "a.png.toml"]
+
+
+def test_what_is_no_claim_among_the_claims(folder):
+    folder.drop("a.txt")
+    folder.pass_time()
+    (folder.inbox.claimed / "stray.txt").write_text("x")
+    (folder.inbox.claimed / "too-short-to-be-an-id.txt").write_text("x")
+    assert folder.only().name == "a.txt"
+
+
+def test_what_cannot_be_taken_in_is_not_waited_for(folder, monkeypatch):
+    folder.drop("a.txt")
+    rename = Path.rename
+
+    def other_disk(self, target):
+        if self.name == "a.txt":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", other_disk)
+    folder.pass_time()
+    assert not folder.inbox.claim()
+    assert sum("cannot take in" in line for line in folder.said) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("a.md", "no .txt"), (".h.txt", "no .txt"), ("a.txt.reason.txt", "no .txt"), ("missing.txt", "No such file")],
+)
 def test_submit_says_what_is_wrong(tmp_path, name, what):
-    (tmp_path / "a.md").write_text("x")
+    for own in ("a.md", ".h.txt", "a.txt.reason.txt"):
+        (tmp_path / own).write_text("x")
     (tmp_path / "inbox").mkdir()
     with pytest.raises(UserError, match=what):
-        submit(tmp_path / name, tmp_path / "inbox")
+        submit([tmp_path / name], tmp_path / "inbox")
     assert names(tmp_path / "inbox") == []
 
 
 def test_submit_to_no_folder(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="is no folder"):
-        submit(tmp_path / "a.txt", tmp_path / "inbox")
+        submit([tmp_path / "a.txt"], tmp_path / "inbox")

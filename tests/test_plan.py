@@ -6,12 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts_schema.jobs import STAGES
-from orchestrator.plan import Order, Work, choose
+from orchestrator import plan
+from orchestrator.plan import Order, Work
 
 
-def work(id: str, *stages: str, priority: int = 0, served: int = 0) -> Work:
+def work(id: str, *stages: str, priority: int = 0, served: int = 0, model: str = "m") -> Work:
     following = {stage: (f"{id}-{stage}",) for stage in stages}
-    return Work(id, id, priority, 0, 0, 1, 64, following, dict.fromkeys(STAGES, served))
+    loads = dict.fromkeys(STAGES, (model, "float32"))
+    return Work(id, id, priority, 0, 0, 1, 64, loads, following, dict.fromkeys(STAGES, served))
+
+
+def choose(works: list[Work], stages: tuple[str, ...], current: str | None, turn_over: bool) -> Order | None:
+    return plan.choose(works, stages, (current, ("m", "float32")) if current else None, turn_over)
 
 
 def chosen(order: Order | None) -> tuple[str, str] | None:
@@ -48,6 +54,14 @@ def test_the_job_that_was_served_longest_ago_comes_next():
     works = [work("long", "denoise", served=5), work("small", "denoise", served=3), work("new", "denoise")]
     assert chosen(choose(works, STAGES, "denoise", False)) == ("new", "denoise")
     assert chosen(choose(works[:2], STAGES, "denoise", False)) == ("small", "denoise")
+
+
+def test_what_the_loaded_model_can_do_comes_before_another_model_until_its_turn_is_over():
+    works = [work("a", "denoise", served=5), work("b", "denoise", model="other"), work("c", "encode")]
+    assert chosen(choose(works, STAGES, "denoise", False)) == ("a", "denoise")
+    assert chosen(choose(works[:2], STAGES, "denoise", True)) == ("b", "denoise")
+    assert chosen(choose(works[1:], STAGES, "denoise", False)) == ("c", "encode")
+    assert chosen(choose(works[1:2], STAGES, "denoise", False)) == ("b", "denoise")
 
 
 def test_priority_comes_before_everything():

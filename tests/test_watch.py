@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, dispatch
 from orchestrator.dispatch import Terms
 from orchestrator.progress import Terminal
 from orchestrator.watch import Options, Watch
+from orchestrator.worker import Worker
 
 UNRULY = [sys.executable, str(Path(__file__).parent / "unruly_worker.py")]
 SETTLE = 0.2
@@ -40,6 +43,13 @@ class Shop:
         self.inbox.mkdir()
         self.jobs = Jobs(self.outbox)
         self.lines: list[str] = []
+        self.interrupt = threading.Event()
+
+    def interrupt_when(self, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not reached() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.interrupt.set()
 
     def drop(self, name: str, *prompts: str, **settings: object) -> None:
         entries = [{"prompt": prompt, "size": "32x32", "steps": 2, **settings} for prompt in prompts]
@@ -52,11 +62,11 @@ class Shop:
         stages = terms.pop("stages", STAGES)
         notifier = terms.pop("notifier", no_events)
         command = terms.pop("command", UNRULY)
-        options = Options(Terms(stages, **terms), str(self.model), "float32", once=True, settle=SETTLE)
+        options = Options(Terms(stages, **{"once": True, **terms}), str(self.model), "float32", settle=SETTLE)
         terminal = Terminal()
         terminal.notice = self.lines.append
         return Watch(
-            self.inbox, self.outbox, options, terminal, lambda: False, notifier=notifier, command=command
+            self.inbox, self.outbox, options, terminal, self.interrupt.is_set, notifier=notifier, command=command
         ).run()
 
     def command(self, *options: object) -> list[str]:
@@ -89,9 +99,10 @@ class Shop:
 
     def left_over(self) -> list[str]:
         """What should not be there when nothing is open."""
+        ours = (".lock", ".outbox-id")
         found = [path for path in self.root.rglob("*") if path.name.startswith(disk.TEMPORARY)]
         found += [path for path in self.inbox.iterdir() if path.is_file()]
-        found += [path for path in (self.inbox / ".claimed").iterdir() if path.name != ".lock"]
+        found += [path for path in (self.inbox / ".claimed").iterdir() if path.name not in ours]
         for directory in (self.jobs.open, *map(self.jobs.stage, STAGES)):
             found += [path for path in directory.iterdir() if path.is_file() and path.name != ".lock"]
         found += [path for path in self.outbox.rglob("*.trajectory.*")]
@@ -280,12 +291,11 @@ def test_a_second_orchestrator_of_the_same_stages_is_refused(shop):
 
 
 def test_ctrl_c_finishes_the_step_and_the_next_start_goes_on(shop):
-    shop.drop("a.jsonl", "a cat", size="96x96", steps=300)
+    shop.drop("a.jsonl", "a cat", size="128x128", steps=1000)
     process = shop.start()
     deadline = time.monotonic() + 60
-    while not list((shop.outbox / "a" / "latents").glob(".lock")) and time.monotonic() < deadline:
+    while not list((shop.outbox / "a" / "latents").glob("*.trajectory.zarr")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED, errors
@@ -297,22 +307,123 @@ def test_ctrl_c_finishes_the_step_and_the_next_start_goes_on(shop):
 
 def test_lost_events_and_storms_of_them(shop, monkeypatch):
     """Without one event, drops are found by looking; ten thousand make nothing happen twice."""
-    monkeypatch.setattr(watch, "RESCAN_SECONDS", 0.3)
-    drops = iter(range(3))
 
     def storm(directory: Path, wake: watch.Wake) -> Callable[[], None]:
         for _ in range(10_000):
             wake()
         return lambda: None
 
-    def dies(directory: Path, wake: watch.Wake) -> Callable[[], None]:
-        shop.drop(f"{next(drops)}.jsonl", "a cat")
-        return lambda: None
-
     shop.drop("a.jsonl", "a cat")
     assert shop.watch(notifier=storm) == EXIT_DONE
-    assert shop.watch(notifier=dies) == EXIT_DONE
-    assert shop.outcomes() == {"a": "done", "0": "done"}
+    monkeypatch.setattr(watch, "RESCAN_SECONDS", 0.3)
+    ends = threading.Timer(20, shop.interrupt.set)
+    ends.start()
+    threading.Timer(1.0, shop.drop, ("b.jsonl", "a cat")).start()
+    threading.Thread(target=shop.interrupt_when, args=(lambda: "b.jsonl" in shop.names("done"),)).start()
+    assert shop.watch(once=False) == EXIT_INTERRUPTED
+    ends.cancel()
+    assert shop.outcomes() == {"a": "done", "b": "done"}
+
+
+def test_a_removed_and_remade_inbox_is_watched_again(shop, monkeypatch):
+    """By its events alone: looks without them are too rare here."""
+    monkeypatch.setattr(watch, "RESCAN_SECONDS", 5.0)
+
+    def remake() -> None:
+        shutil.rmtree(shop.inbox)
+        shop.inbox.mkdir()
+        time.sleep(6.0)  # it has been seen
+        shop.drop("a.jsonl", "a cat")
+
+    threading.Timer(1.0, remake).start()
+    threading.Thread(target=shop.interrupt_when, args=(lambda: "a.jsonl" in shop.names("done"),)).start()
+    assert shop.watch(once=False, notifier=watch.watch_files) == EXIT_INTERRUPTED
+    assert shop.outcomes() == {"a": "done"}
+
+
+def test_a_job_waits_for_a_model_that_is_not_there(shop, tmp_path):
+    """A disk that is not mounted is no reason to fail everything."""
+    shop.drop("a.jsonl", "a cat")
+    assert shop.watch(stages=("encode",)) == EXIT_DONE
+    model = shop.model
+    away = tmp_path / "away"
+    mine = tmp_path / "mine"
+    shutil.copytree(model, mine)
+    shop.model = mine
+    shop.drop("b.jsonl", "a dog")
+    assert shop.watch(stages=("encode",)) == EXIT_DONE
+    mine.rename(away)
+    shop.model = model
+    assert shop.watch() == EXIT_SOME_FAILED
+    assert shop.outcomes() == {"a": "done"}
+    assert any("b waits: unknown model" in line for line in shop.lines)
+    away.rename(mine)
+    assert shop.watch() == EXIT_DONE
+    assert shop.outcomes() == {"a": "done", "b": "done"}
+
+
+def test_damaged_records_of_jobs_hold_up_nobody(shop):
+    for name in ("a", "b", "c"):
+        shop.drop(f"{name}.jsonl", f"{name} cat")
+    assert shop.watch(stages=("encode", "denoise")) == EXIT_DONE
+    first, second, _ = shop.jobs.open_ids()
+    (shop.jobs.open / f"{first}.json").write_text("{")
+    (shop.jobs.ended / f"{second}.json").write_text("{")
+    assert shop.watch() == EXIT_DONE
+    assert set(shop.outcomes().values()) == {"done"}
+    assert shop.names("done") == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert all(len(shop.pictures(run)) == 1 for run in shop.outcomes())
+
+
+def test_drops_that_were_taken_in_are_not_made_in_another_outbox(shop, tmp_path):
+    shop.drop("a.jsonl", "a cat")
+    assert shop.watch(stages=("encode",)) == EXIT_DONE
+    done = subprocess.run(shop.command("--once", "--out", tmp_path / "other"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"finish them with --out {shop.outbox}" in done.stderr
+    assert shop.watch() == EXIT_DONE
+    assert subprocess.run(shop.command("--once", "--out", tmp_path / "other")).returncode == EXIT_DONE
+
+
+def test_names_that_a_disk_may_not_tell_apart(shop):
+    shop.drop("Cat.jsonl", "a")
+    shop.drop("cat.jsonl", "b")
+    shop.drop("index.html.jsonl", "c")
+    assert shop.watch() == EXIT_DONE
+    assert {run.casefold() for run in shop.outcomes()} == {"cat", "cat-2", "index.html-2"}
+
+
+def test_a_worker_that_floods_its_log_or_writes_into_its_pipe(shop):
+    shop.drop("a.jsonl", "@denoise:flood-once a", "@denoise:scribble-once b")
+    assert shop.watch() == EXIT_DONE
+    assert len(shop.pictures("a")) == 2
+
+
+def test_a_log_without_end_is_not_read_to_its_end(tmp_path):
+    with disk.lock(tmp_path) as held:
+        worker = Worker(
+            [sys.executable, "-c", "while True: print('x' * 99, file=__import__('sys').stderr)"], "encode", held
+        )
+        for _ in range(100):
+            assert list(worker.events()) == []
+        worker.kill()
+        assert worker.close() == -signal.SIGKILL
+    assert worker.log
+
+
+def test_a_worker_that_takes_no_order_hangs_like_any_other(shop):
+    """An order is larger than the pipe: whoever waited for it to be taken would wait for ever."""
+    deaf = [sys.executable, str(Path(__file__).parent / "unruly_worker.py"), "--deaf"]
+    shop.drop("a.jsonl", *(f"{'long ' * 40}{n}" for n in range(600)))
+    assert shop.watch(command=deaf, hang=1.0) == EXIT_SOME_FAILED
+    assert "no progress for 1 s" in shop.ended()["a"].reason
+
+
+def test_what_cannot_be_said_ends_nothing(shop):
+    shop.drop("a.jsonl", "a cat")
+    with Path("/dev/full").open("wb") as full:
+        assert subprocess.run(shop.command("--once"), stderr=full).returncode == EXIT_DONE
+    assert shop.outcomes() == {"a": "done"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says it so")
@@ -351,7 +462,9 @@ def test_many_drops_while_it_was_stopped(shop):
 
 def test_kills_of_anybody_at_any_moment(shop, fresh_cache):
     """Orchestrator and workers are killed every now and then until all jobs are done. The environment says how many."""
-    chance = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    chance = random.Random(seed)
     jobs = {f"job{n:02}": [f"cat {n} {m}" for m in range(1 + n % 3)] for n in range(KILLED_JOBS)}
     for name, prompts in jobs.items():
         shop.drop(f"{name}.jsonl", *prompts, steps=40, size="96x96")

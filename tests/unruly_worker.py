@@ -8,6 +8,10 @@
     @STAGE:full-once   the disk is full, the first time
     @STAGE:error       a file cannot be written
     @STAGE:bug         an exception that nobody expected
+    @STAGE:flood-once  it logs more than anybody wants to read
+    @STAGE:scribble    it writes into the pipe of its answers
+
+`python unruly_worker.py --deaf STAGE` says that it is ready and listens to nothing.
 """
 
 import errno
@@ -16,6 +20,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from artifacts_schema import store
@@ -53,6 +58,14 @@ def misbehave(what: str, stage: str, run: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
         case "error":
             raise OSError(errno.EIO, os.strerror(errno.EIO), "somewhere")
+        case "flood":
+            for _ in range(100_000):
+                os.write(2, b"a line that nobody wants to read\n" * 10)
+        case "scribble":
+            for descriptor in range(3, 64):
+                with suppress(OSError):
+                    if "pipe" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+                        os.write(descriptor, b"\xffnot an answer\n")
         case "bug":
             raise ZeroDivisionError("nobody thought of that")
 
@@ -71,5 +84,8 @@ def perform(arguments: list[str], voice: Voice) -> int:
 
 
 if __name__ == "__main__":
+    if "--deaf" in sys.argv:
+        os.write(1, b'{"type":"ready"}\n')
+        time.sleep(600)
     cli._SIGNALS.install()
-    sys.exit(obey(perform))
+    sys.exit(obey(lambda: None, perform))
