@@ -41,6 +41,7 @@ from artifacts_schema import cache, disk, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.jobs import JOBS
 from orchestrator import cli, dispatch, worker
+from orchestrator.inbox import OUTBOX_ID
 from orchestrator.progress import Voice
 
 KILL = "kill"
@@ -371,13 +372,14 @@ def drops_astray(directory: Path) -> Iterator[str]:
     """What is not where it ought to be when a watch has ended: every drop in one place, every job ended once."""
     inbox, jobs = directory / "inbox", directory / "outbox" / JOBS
     found = sorted(path.relative_to(inbox).as_posix() for path in inbox.rglob("*") if path.is_file())
-    if found != [".claimed/.lock", "done/a.jsonl", "failed/bad.toml", "failed/bad.toml.reason.txt"]:
+    ours = [".claimed/.lock", f".claimed/.{OUTBOX_ID}"]
+    if found != [*ours, "done/a.jsonl", "failed/bad.toml", "failed/bad.toml.reason.txt"]:
         yield f"the inbox holds {found}"
     ended = [path.name for path in (jobs / "ended").glob("*.json")]
     if len(ended) != 1 or [path.name for path in (directory / "outbox").iterdir()] not in ([JOBS, "a"], ["a", JOBS]):
         yield f"{ended} have ended, there are {sorted(path.name for path in (directory / 'outbox').iterdir())}"
     for path in jobs.rglob("*"):
-        if path.is_file() and path.name != ".lock" and path.parent.name != "ended":
+        if path.is_file() and path.name not in (".lock", OUTBOX_ID) and path.parent.name != "ended":
             yield f"left over: {path}"
 
 
