@@ -476,9 +476,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("scenario", nargs="*", help="by name; default: all")
     parser.add_argument("--brief", action="store_true", help="one fault at each operation, in turn; default: all six")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every so manieth operation")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each scenario, no table")
     args = parser.parse_args()
-    faults = one_fault if args.brief else all_faults
+    kinds = one_fault if args.brief else all_faults
+
+    def faults(at: int) -> tuple[str, ...]:
+        return () if at % args.every else kinds(at)
+
     with tempfile.TemporaryDirectory() as work:
         model = random_models.golden_checkpoint(random_models.SMALL, Path(work) / "model")
         if not args.json:

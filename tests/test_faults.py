@@ -27,7 +27,9 @@ COMMANDS = [
     "decode, cached",
     "cache verify",
     "cache trim",
+    "watch",
 ]
+SAMPLED = {"watch": "--every=5"}  # it has many, and the stages' own are among them
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,7 @@ def surveys():
 
     def survey(command: str) -> subprocess.CompletedProcess:
         script = [sys.executable, str(Path(__file__).with_name("faults.py")), "--brief", "--json", command]
+        script += [SAMPLED[command]] if command in SAMPLED else []
         return subprocess.run(script, capture_output=True, text=True, timeout=1200)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -49,4 +52,5 @@ def test_every_file_operation_faulted_once(surveys, command):
     found = json.loads(done.stdout)
     assert found["lost"] == []
     assert found["operations"] > 30
-    assert found["survived"] == found["faults"] >= found["operations"]
+    share = 5 if command in SAMPLED else 1
+    assert found["survived"] == found["faults"] >= found["operations"] // share
