@@ -5,6 +5,7 @@
     .jobs/<stage>/<id>.json    what a stage tried in vain
     .jobs/denoise/<id>.webp    how the picture looks by now that is being denoised
     .jobs/ended/<id>.json      how a job ended
+    .jobs/outbox-id            by which an inbox knows for whom its drops were taken in
 
 An id is the time at which the drop was taken in: ids sort as the jobs came. A stage's directory belongs to the one
 orchestrator that runs that stage, `open/` to the one that takes drops in.

@@ -74,6 +74,7 @@ class Watch:
         self.works: dict[str, plan.Work] = {}
         self.over: set[str] = set()  # open jobs that have ended; whoever takes drops in closes them
         self.runs: dict[str, str] = {}  # the names of open jobs' runs
+        self.taken: set[str] = set()  # names that no new run may have
         self.claims: dict[str, Claim] = {}
         self.held: dict[str, int] = {}
         self.dispatcher = Dispatcher(
@@ -238,6 +239,7 @@ class Watch:
         open_ids = set(self.jobs.open_ids())
         self.claims = {claim.id: claim for claim in self.inbox.claims()}
         fresh = [claim for id, claim in self.claims.items() if id not in open_ids]
+        self.taken = {PAGE, *(name.casefold() for name in self.runs.values())}
         for claim in fresh[:CLAIMS_AT_ONCE]:
             if not self.inbox.is_whole(claim):
                 self.waits = True
@@ -283,14 +285,14 @@ class Watch:
             return
         self.jobs.add(job)
         self.runs[job.id] = job.run
+        self.taken.add(job.run.casefold())
         count = len(job.prompts)
         priority = f", priority {job.priority}" if job.priority else ""
         self.notice(f"{job.run}: taken in, {count} prompt{'' if count == 1 else 's'}{priority}")
 
     def _is_taken(self, run: str) -> bool:
         """Also where a disk does not tell Cat from cat, before either is there; and the page is no run."""
-        taken = {PAGE, *(name.casefold() for name in self.runs.values())}
-        return run.casefold() in taken or os.path.lexists(self.jobs.outbox / run)
+        return run.casefold() in self.taken or os.path.lexists(self.jobs.outbox / run)
 
     def _look(self, id: str) -> plan.Work | None:
         """Sees what an open job needs now. One that needs nothing more has ended, and is put away."""
