@@ -2,11 +2,12 @@
 
 import msgspec
 
+from artifacts_schema.jobs import Ended, Job, Trouble
 from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest, Recipe
 
 
 def schema() -> bytes:
-    kinds = (EmbeddingsManifest, LatentsManifest, ImagesManifest, Recipe)
+    kinds = (EmbeddingsManifest, LatentsManifest, ImagesManifest, Recipe, Job, Trouble, Ended)
     roots, components = msgspec.json.schema_components(kinds)
     whole = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
