@@ -2,11 +2,13 @@
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -158,6 +160,58 @@ def test_a_picture_is_made_again_with_its_changes(shop):
     assert len(shop.pictures("other")) == 2
     assert shop.names("failed") == ["no.png", "no.png.reason.txt"]
     assert shop.names("done") == ["cat.jsonl", "other.png", "other.png.toml", "same.png"]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_model_at_a_time_and_each_loaded_once_for_all_jobs(shop, monkeypatch, overlap):
+    alive: list[str] = []
+    starts: list[str] = []
+    together: set[frozenset[str]] = set()
+
+    class Counted(Worker):
+        def __init__(self, command: list[str], stage: str, holding: int) -> None:
+            alive.append(stage)
+            starts.append(stage)
+            together.add(frozenset(alive))
+            assert len(alive) == len(set(alive))
+            super().__init__(command, stage, holding)
+
+        def close(self) -> int:
+            code = super().close()
+            alive.remove(self.stage)
+            return code
+
+    monkeypatch.setattr(dispatch, "Worker", Counted)
+    monkeypatch.setattr(dispatch, "SHORTEST_TURN_SECONDS", 60.0)
+    for n in range(4):
+        shop.drop(f"{n}.jsonl", f"cat {n}", f"dog {n}", size="64x64", steps=8)
+    assert shop.watch(overlap=overlap) == EXIT_DONE
+    alone = {frozenset([stage]) for stage in STAGES}
+    assert together <= alone | ({frozenset(["denoise", "decode"])} if overlap else set())
+    if overlap:
+        assert frozenset(["denoise", "decode"]) in together
+        assert starts[:2] == ["encode", "denoise"]
+    else:
+        assert starts == ["encode", "denoise", "decode"]
+
+
+def test_a_terminal_sees_one_bar_that_moves():
+    program = (
+        "import time; from orchestrator.progress import Terminal\n"
+        "terminal = Terminal(leave=False)\n"
+        "for n in range(5): terminal.report('denoise cats 1/2', n, 4); time.sleep(0.15)\n"
+        "terminal.notice('cats: done')\n"
+    )
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    subprocess.run([sys.executable, "-c", program], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "4/4" in shown
+    assert "left" in shown
+    assert shown.count("0/4") == 1
+    assert "qwen-stage: cats: done" in shown
 
 
 def test_bad_drops_fail_with_a_reason_and_hold_up_nobody(shop):
