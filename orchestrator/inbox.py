@@ -139,6 +139,7 @@ class Inbox:
     def belong_to(self, outbox: Path) -> None:
         """Raises UserError if drops were taken in for another outbox: they would be made in both."""
         known = outbox / JOBS / OUTBOX_ID
+        disk.sweep(known.parent)
         if not known.exists():
             disk.publish(known.parent, OUTBOX_ID, os.urandom(16).hex().encode())
         mine = known.read_bytes() + b"\n" + os.fsencode(outbox.resolve())
@@ -152,10 +153,17 @@ class Inbox:
         if before != mine or not other.exists():
             disk.publish(self.claimed, other.name, mine)
 
-    def sweep(self) -> None:
-        """Clears away what a kill left half-written."""
+    def sweep(self, open_ids: set[str]) -> None:
+        """Clears away what a kill left half-written, and what a power cut left in the inbox as well as claimed."""
         for directory in (self.claimed, self.done, self.failed):
             disk.sweep(directory)
+        with contextlib.suppress(OSError):
+            drops = {path.name: path for path in self._drops()}
+            for claim in self.claims():  # no job is made of a claim before both folders are synced
+                if claim.id not in open_ids and claim.name in drops and _is_same(claim.path, drops[claim.name]):
+                    disk.remove(claim.path)
+                    if claim.changes:
+                        disk.remove(claim.changes)
 
     def _drops(self) -> dict[Path, Signature]:
         """What lies in the inbox and may be drops; what can be none is refused or left alone."""

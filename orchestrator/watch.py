@@ -160,10 +160,10 @@ class Watch:
             self.held[stage] = self._lock_workers(stack, stage, workers)
         if self.takes_in:
             lock(self.inbox.claimed, f"takes in what is dropped into {self.inbox.directory}")
-            self.inbox.sweep()
-            self.inbox.belong_to(self.jobs.outbox)
             lock(self.jobs.open, f"adds jobs to {self.jobs.outbox}")
             disk.sweep(self.jobs.open)
+            self.inbox.belong_to(self.jobs.outbox)
+            self.inbox.sweep(set(self.jobs.open_ids()))
         with disk.lock(self.jobs.ended, wait=True):
             disk.sweep(self.jobs.ended)
 
@@ -299,12 +299,13 @@ class Watch:
         if id in self.over:
             return None
         before = self.works.pop(id, None)
-        found: plan.Work | Ended | None = None
+        found: plan.Work | None = None
         with self._isolated(self.runs.get(id, id)):
-            found = self._see(id)
-            if isinstance(found, Ended):
-                self._end(found)
-                found = None
+            seen = self._see(id)
+            if isinstance(seen, Ended):
+                self._end(seen)
+            else:
+                found = seen
         if found is None:
             return None
         self.works[id] = found

@@ -374,6 +374,25 @@ def test_changes_follow_a_picture_that_was_put_away_before_a_kill(folder, monkey
     assert names(folder.inbox.failed) == ["a.png", "a.png.reason.txt", "a.png.toml"]
 
 
+def test_a_drop_that_a_power_cut_left_in_both_places_is_one(folder):
+    """As a file system may that does not keep the two halves of a rename together."""
+    drop = folder.drop("a.png", "a picture")
+    folder.drop("a.png.toml", "seed = 1")
+    other = folder.drop("b.txt", "another")
+    folder.pass_time()
+    for claim in folder.inbox.claims():
+        os.link(claim.path, folder.path / claim.name)
+        if claim.changes:
+            os.link(claim.changes, folder.path / f"{claim.name}.toml")
+    other.unlink()
+    folder.drop("b.txt", "newer")
+    folder.restart()
+    folder.inbox.sweep(set())
+    assert [claim.name for claim in folder.inbox.claims()] == ["b.txt"]
+    assert drop.exists()
+    assert sorted(folder.pass_time()) == ["a.png", "b.txt", "b.txt"]
+
+
 def test_what_is_no_claim_among_the_claims(folder):
     folder.drop("a.txt")
     folder.pass_time()
