@@ -1,6 +1,7 @@
 """A drop -> a job: reads it once, understands it, and fills in what it leaves open."""
 
 import hashlib
+import time
 import unicodedata
 from collections.abc import Callable
 from itertools import count
@@ -11,12 +12,12 @@ from msgspec.structs import replace
 
 from artifacts_schema import disk, keys
 from artifacts_schema.errors import Unreadable, UserError
-from artifacts_schema.jobs import Job
+from artifacts_schema.jobs import Ended, Job
 from artifacts_schema.manifests import Dtype, Recipe, Settings
 from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts, resolve
 from orchestrator.inbox import Claim
 from orchestrator.inspect import read_recipe
-from stages.checkpoint import Checkpoint, default_dtype, open_checkpoint
+from stages.checkpoint import DEMO, Checkpoint, default_dtype, open_checkpoint
 from stages.decode import DEFAULT_DTYPE
 from stages.encode import DEFAULT_NEGATIVE_PROMPT
 
@@ -24,6 +25,7 @@ MAX_DROP_BYTES = 4 << 20  # of prompts; they are held in memory
 MAX_PROMPTS = 10_000
 MAX_PICTURES = 100_000
 MAX_RUN_NAME = 80
+UNKNOWN = "0" * 64  # the hash of what was not read
 
 Notice = Callable[[str], None]
 
@@ -37,7 +39,7 @@ class Intake(NamedTuple):
 
     def job(self, claim: Claim, is_taken: Callable[[str], bool]) -> Job:
         """The job of a claimed drop. `is_taken`: whether a run has that name. Raises UserError for what is no drop."""
-        source = claim.name.encode("utf-8", "replace").decode()  # Linux knows names that are no text
+        source = _text(claim.name)
         recipe, changes = None, b""
         try:
             if claim.path.suffix.lower() == ".png":
@@ -69,6 +71,20 @@ class Intake(NamedTuple):
             prompts=_checked([_whole(prompt, checkpoint.defaults) for prompt in prompts], source),
         )
 
+    def refused(self, claim: Claim, reason: str) -> Ended:
+        """The record of a drop that became no job, for people to see among the others."""
+        job = Job(
+            id=claim.id,
+            run=_run_name(claim.name, lambda name: False),
+            source=_text(claim.name),
+            sha256=UNKNOWN,
+            model=self.model or DEMO,
+            dtype=self.dtype or default_dtype(),
+            decode_dtype=DEFAULT_DTYPE,
+            prompts=(),
+        )
+        return Ended(job=job, outcome="failed", at=time.time(), reason=reason)
+
     def _checkpoint(self, recipe: Recipe, source: str) -> Checkpoint:
         try:
             checkpoint = open_checkpoint(self.model or recipe.model)
@@ -78,6 +94,11 @@ class Intake(NamedTuple):
         if others:
             self.notice(f"{source} was made with another {' and '.join(others)}: this picture will be another")
         return checkpoint
+
+
+def _text(name: str) -> str:
+    """A file's name; Linux knows some that are no text."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _made(recipe: Recipe, source: str) -> Entry:

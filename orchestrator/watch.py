@@ -281,7 +281,9 @@ class Watch:
                 raise
             self.notice(f"failed: {error}")
             self.some_failed = True
-            self.inbox.put_away(claim, str(error))
+            self.jobs.end(self.intake.refused(claim, str(error)))
+            self._put_away(claim.id)
+            self.page.is_old = True
             return
         self.jobs.add(job)
         self.runs[job.id] = job.run

@@ -376,7 +376,7 @@ def drops_astray(directory: Path) -> Iterator[str]:
     if found != [*ours, "done/a.jsonl", "failed/bad.toml", "failed/bad.toml.reason.txt"]:
         yield f"the inbox holds {found}"
     ended = [path.name for path in (jobs / "ended").glob("*.json")]
-    if len(ended) != 1 or [path.name for path in (directory / "outbox").iterdir()] not in ([JOBS, "a"], ["a", JOBS]):
+    if len(ended) != 2 or [path.name for path in (directory / "outbox").iterdir()] not in ([JOBS, "a"], ["a", JOBS]):
         yield f"{ended} have ended, there are {sorted(path.name for path in (directory / 'outbox').iterdir())}"
     for path in jobs.rglob("*"):
         if path.is_file() and path.name not in (".lock", OUTBOX_ID) and path.parent.name != "ended":
