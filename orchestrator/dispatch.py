@@ -255,18 +255,9 @@ class Dispatcher:
             self.look(order.id)  # says what is wrong with it
             return
         slot.prepares = order.stage == "denoise" and job.model not in self.can_preview
-        again = False
-        if not slot.prepares:
-            before = self.jobs.read_trouble(job.id, order.stage)
-            reached = plan.reached(self.jobs, job, order.stage)
-            same = before.reached == reached
-            again = same and before.attempts > 0
-            if again and before.attempts >= UNSEEN_ATTEMPTS:
-                self._set_aside(order, f"{UNSEEN_ATTEMPTS} attempts ended with everything being killed", before)
-                return
-            attempts, failed = (before.attempts + 1, before.failed) if same else (1, 0)
-            trouble = replace(before, attempts=attempts, failed=failed, reached=reached)
-            self.jobs.write_trouble(job.id, order.stage, trouble)
+        attempts = 0 if slot.prepares else self._count(job, order)
+        if attempts > UNSEEN_ATTEMPTS:
+            return
         work = self.works[order.id]
         number = {"denoise": work.denoised + 1, "decode": work.done + 1}
         place = f" {number[order.stage]}/{work.wanted}" if order.stage in number else ""
@@ -276,7 +267,20 @@ class Dispatcher:
             self.can_preview.add(job.model)
             worker.send(Order(["fit-preview", f"--model={job.model}"]))
         else:
-            worker.send(_command(self.jobs, job, order, self.terms, again))
+            worker.send(_command(self.jobs, job, order, self.terms, again=attempts > 1))
+
+    def _count(self, job: Job, order: plan.Order) -> int:
+        """Writes down that an attempt begins. Returns how many there are by now that brought nothing, with this."""
+        before = self.jobs.read_trouble(job.id, order.stage)
+        reached = plan.reached(self.jobs, job, order.stage)
+        if before.reached != reached:
+            before = replace(before, attempts=0, failed=0, reached=reached)
+        trouble = replace(before, attempts=before.attempts + 1)
+        if trouble.attempts > UNSEEN_ATTEMPTS:
+            self._set_aside(order, f"{UNSEEN_ATTEMPTS} attempts ended with everything being killed", before)
+        else:
+            self.jobs.write_trouble(job.id, order.stage, trouble)
+        return trouble.attempts
 
     def _release(self, slot: Slot) -> int:
         """Ends a slot's worker; its memory is back afterwards. Returns its exit code."""
@@ -337,7 +341,7 @@ class Dispatcher:
     def _died(self, slot: Slot) -> None:
         worker, order, hung = slot.worker, slot.order, slot.hung
         slot.order, prepared = None, slot.prepares
-        slot.prepares = False
+        slot.prepares = slot.hung = False
         code = self._release(slot)
         why = f"no progress for {self.terms.hang:.0f} s" if hung else how_it_ended(code)
         if self.stopping or prepared:

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from artifacts_schema import disk, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.jobs import STAGES, Ended, Jobs
 from artifacts_schema.manifests import ImagesManifest
-from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, dispatch, watch
+from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, dispatch, plan, watch
 from orchestrator.dispatch import Terms
 from orchestrator.progress import Terminal
 from orchestrator.watch import Options, Watch
@@ -571,3 +572,20 @@ def test_a_worker_that_cannot_start_ends_the_watch_with_a_word(shop, tmp_path):
     with pytest.raises(UserError, match="encode cannot start: the model library is missing"):
         shop.watch(command=broken)
     assert shop.watch() == EXIT_DONE
+
+
+def test_an_innocent_job_survives_many_power_cuts_and_a_guilty_one_is_set_aside_at_last(shop):
+    """An attempt is written down before it begins; here nobody is left to say how it ended."""
+    shop.drop("a.jsonl", "a cat")
+    assert shop.watch(stages=("encode",)) == EXIT_DONE
+    (id,) = shop.jobs.open_ids()
+    trouble = shop.jobs.read_trouble(id, "denoise")
+    job = shop.jobs.read(id)
+    assert job is not None
+    here = plan.reached(shop.jobs, job, "denoise")
+    shop.jobs.write_trouble(id, "denoise", replace(trouble, attempts=dispatch.UNSEEN_ATTEMPTS - 1, reached=here))
+    assert shop.watch(stages=("denoise",)) == EXIT_DONE
+    here = plan.reached(shop.jobs, job, "decode")
+    shop.jobs.write_trouble(id, "decode", replace(trouble, attempts=dispatch.UNSEEN_ATTEMPTS, reached=here))
+    assert shop.watch() == EXIT_SOME_FAILED
+    assert "10 attempts ended with everything being killed" in shop.ended()["a"].reason
