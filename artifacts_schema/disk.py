@@ -124,7 +124,7 @@ def make_directory(path: Path) -> None:
             sync(made.parent)  # or a power cut takes the directory with everything in it
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path} or a part of it is a file; choose another --out") from None
-    except (PermissionError, IsADirectoryError) as error:
+    except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {path}: permission denied; choose another --out")

@@ -5,6 +5,12 @@ class UserError(Exception):
     """Bad input or a bad environment. The command prints the message without a traceback and exits with 2."""
 
 
+def failed_operation(error: Exception) -> OSError | None:
+    """The file operation that failed, if that is what an error comes from: the next time it may not."""
+    because = error if isinstance(error, OSError) else error.__context__
+    return because if isinstance(because, OSError) else None
+
+
 class Busy(UserError):
     """Another process is at it right now: the same may work later."""
 

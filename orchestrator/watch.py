@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from artifacts_schema import disk, store
-from artifacts_schema.errors import Busy, Damaged, Unreadable, UserError
+from artifacts_schema.errors import Busy, Damaged, Unreadable, UserError, failed_operation
 from artifacts_schema.jobs import STAGES, Ended, Jobs
 from artifacts_schema.manifests import Dtype, LatentsManifest
 from artifacts_schema.trajectory import forget_steps
@@ -103,8 +103,11 @@ class Watch:
                 try:
                     self._go_on()
                     self.failures = 0
-                except OSError as error:
-                    self._overcome(error)
+                except (OSError, UserError) as error:
+                    because = failed_operation(error)
+                    if because is None:
+                        raise
+                    self._overcome(because)
                 self._wait()
         self.page.write()
         if self.dispatcher.stopping:
@@ -261,7 +264,8 @@ class Watch:
         try:
             yield
         except (OSError, UserError) as error:
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
+            because = failed_operation(error)
+            if because and because.errno in NO_SPACE:
                 raise
             self.is_seen = False
             self.tries[what] = self.tries.get(what, 0) + 1

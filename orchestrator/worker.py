@@ -20,7 +20,7 @@ from typing import IO, Literal, cast
 
 import msgspec
 
-from artifacts_schema.errors import Busy, Damaged, Unavailable, UserError
+from artifacts_schema.errors import Busy, Damaged, Unavailable, UserError, failed_operation
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 from orchestrator.progress import Voice
 
@@ -118,8 +118,8 @@ def _perform(perform: Callable[[list[str], Voice], int], arguments: list[str], v
     except Unavailable as error:
         return Answer("unavailable", str(error))
     except UserError as error:
-        because = error.__context__  # a file operation that failed may work the next time; damage stays
-        if isinstance(because, OSError) and not isinstance(error, Damaged):
+        because = failed_operation(error)
+        if because and not isinstance(error, Damaged):
             return Answer("environment", str(error), because.errno or 0)
         return Answer("refused", str(error))
     except OSError as error:
