@@ -25,8 +25,6 @@ from artifacts_schema.prompts import NO_GUIDANCE, Entry, Wanted, as_wanted, chec
 from orchestrator import EXIT_DONE, EXIT_SOME_FAILED
 from orchestrator.run import stage
 
-STAGES = ("encode", "denoise", "decode")
-
 Notice = Callable[[str], None]
 T = TypeVar("T")
 K = TypeVar("K")

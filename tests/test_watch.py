@@ -476,6 +476,7 @@ def test_a_worker_that_takes_no_order_hangs_like_any_other(shop):
     assert "no progress for 1 s" in shop.ended()["a"].reason
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has one")
 def test_what_cannot_be_said_ends_nothing(shop):
     shop.drop("a.jsonl", "a cat")
     with Path("/dev/full").open("wb") as full:
