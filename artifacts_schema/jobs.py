@@ -104,10 +104,7 @@ class Jobs:
         return _read(self.open / f"{id}.json", Job)
 
     def read_ended(self, id: str) -> Ended | None:
-        """A damaged record is none: how a job ended shows again."""
-        with contextlib.suppress(Damaged):
-            return _read(self.ended / f"{id}.json", Ended)
-        return None
+        return _read(self.ended / f"{id}.json", Ended)
 
     def set_aside(self, id: str) -> None:
         """Makes an open job that cannot be read none: its drop is taken in anew."""

@@ -248,7 +248,7 @@ class Watch:
                 self.waits = True
                 continue
             with self._isolated(claim.name):
-                if self.jobs.read_ended(claim.id):  # its job was closed
+                if self._ended(claim.id):  # its job was closed
                     self._put_away(claim.id)
                 else:
                     self._make_job(claim)
@@ -336,15 +336,21 @@ class Watch:
         self.runs[id] = job.run
         self.stamps[id] = self._stamp(id)
         try:
-            return self.jobs.read_ended(id) or plan.look(self.jobs, job, time.time())
+            return self._ended(id) or plan.look(self.jobs, job, time.time())
         except Unreadable:
             raise
         except UserError as error:  # somebody changed its run
             return Ended(job=job, outcome="failed", at=time.time(), reason=str(error))
 
+    def _ended(self, id: str) -> Ended | None:
+        """A damaged record is none: how a job ended shows again."""
+        with contextlib.suppress(Damaged):
+            return self.jobs.read_ended(id)
+        return None
+
     def _end(self, ended: Ended) -> None:
         id = ended.job.id
-        if not self.jobs.read_ended(id):
+        if not self._ended(id):
             self._tidy(ended)
             self.jobs.end(ended)
             self._tell_end(ended)
@@ -374,7 +380,7 @@ class Watch:
 
     def _put_away(self, id: str) -> None:
         """Moves a job's drop to where it ends, then forgets the job. Any step may be the last; all may be repeated."""
-        ended = self.jobs.read_ended(id)
+        ended = self._ended(id)
         claim = self.claims.pop(id, None)
         if ended and claim:
             log = "".join(f"\n{line}" for line in ended.log)
