@@ -29,7 +29,8 @@ COMMANDS = [
     "cache trim",
     "watch",
 ]
-SAMPLED = {"watch": "--every=5"}  # it has many, and the stages' own are among them
+EVERY = 7  # shares no factor with the six faults: all of them have their turn
+SAMPLED = {"watch": f"--every={EVERY}"}  # it has many, and the stages' own are among them
 
 
 @pytest.fixture(scope="module")
@@ -52,5 +53,5 @@ def test_every_file_operation_faulted_once(surveys, command):
     found = json.loads(done.stdout)
     assert found["lost"] == []
     assert found["operations"] > 30
-    share = 5 if command in SAMPLED else 1
+    share = EVERY if command in SAMPLED else 1
     assert found["survived"] == found["faults"] >= found["operations"] // share
