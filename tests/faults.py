@@ -476,7 +476,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("scenario", nargs="*", help="by name; default: all")
     parser.add_argument("--brief", action="store_true", help="one fault at each operation, in turn; default: all six")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every so manieth operation")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th operation")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each scenario, no table")
     args = parser.parse_args()
     kinds = one_fault if args.brief else all_faults
