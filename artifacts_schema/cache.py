@@ -4,6 +4,7 @@
     embeddings/ab/cdef….json          its record: written last, it makes the entry exist
     latents/ab/cdef….zarr/            and so on
     images/ab/cdef….png
+    modulations/ab/cdef….safetensors
     previews/<fingerprint>.json       what stages/preview.py has learned of a VAE; a few kB, never trimmed
     damaged/                          what did not match its record, set aside
 
@@ -23,7 +24,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from artifacts_schema import arrays, disk, store
 from artifacts_schema.errors import Unreadable, UserError
-from artifacts_schema.manifests import Embedding, File, ImageItem, LatentsItem, Record, Sha256
+from artifacts_schema.manifests import Embedding, File, ImageItem, LatentsItem, ModulationTable, Record, Sha256
 
 DAMAGED = "damaged"
 PREVIEWS = "previews"
@@ -36,7 +37,7 @@ OUR_NAMES = re.compile(r"[0-9a-f]{2}|([0-9a-f]{2})?[0-9a-f]{30}\.(json|safetenso
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 Notice = Callable[[str], None]
-Item = TypeVar("Item", Embedding, LatentsItem, ImageItem)
+Item = TypeVar("Item", Embedding, LatentsItem, ImageItem, ModulationTable)
 
 
 class CacheRecord(Record, Generic[Item], frozen=True, kw_only=True):
@@ -59,7 +60,8 @@ class Kind(NamedTuple, Generic[Item]):
 EMBEDDINGS = Kind("embeddings", CacheRecord[Embedding], ".safetensors")
 LATENTS = Kind("latents", CacheRecord[LatentsItem], ".zarr")
 IMAGES = Kind("images", CacheRecord[ImageItem], ".png")
-KINDS = (EMBEDDINGS, LATENTS, IMAGES)
+MODULATIONS = Kind("modulations", CacheRecord[ModulationTable], ".safetensors")
+KINDS = (EMBEDDINGS, LATENTS, IMAGES, MODULATIONS)
 
 
 class Moments(Record, frozen=True, kw_only=True):
@@ -95,7 +97,13 @@ def find(kind: Kind[Item], key: str, notice: Notice) -> Item | None:
 def adopt(
     kind: Kind[Item], key: str, directory: Path, name: str, check: Callable[[Any], object], notice: Notice
 ) -> tuple[File, ...] | None:
-    """Publishes an entry's data as `directory/name`, verified, and marks it as used now.
+    """Publishes an entry's data as `directory/name`, as `take` gives it."""
+    content = take(kind, key, check, notice)
+    return None if content is None else store.publish(directory, name, content)
+
+
+def take(kind: Kind[Item], key: str, check: Callable[[Any], object], notice: Notice) -> Any:
+    """An entry's data, verified; it is marked as used now.
 
     `check(content)` raises ValueError for what is not as it must be. An entry that is damaged or refused is set aside;
     that, like an entry that went meanwhile, is None.
@@ -110,7 +118,7 @@ def adopt(
         return None
     with contextlib.suppress(OSError):  # another user's entry
         os.utime(_record(kind, key))
-    return store.publish(directory, name, content)
+    return content
 
 
 def verify(kind: Kind[Item], key: str, notice: Notice) -> bool:
@@ -119,7 +127,9 @@ def verify(kind: Kind[Item], key: str, notice: Notice) -> bool:
 
 
 def put(kind: Kind[Item], key: str, item: Item, content: disk.Content) -> None:
-    """Adds a result under a key. A cache that cannot be written to is no error."""
+    """Adds a result under a key. A cache that cannot be written to is no error, nor is what could not be read again."""
+    if isinstance(content, bytes) and len(content) > store.MAX_FILE_BYTES:
+        return
     record, data = _record(kind, key), _data(kind, key)
     with contextlib.suppress(OSError):
         _make_shared(record.parent)
@@ -310,6 +320,8 @@ def _most_bytes(item: Any) -> int:
         return 4 * item.tokens * item.dim + item.tokens + arrays.MAX_METADATA_BYTES
     if isinstance(item, LatentsItem):
         return arrays.chunk_bytes(item.shape) + arrays.MAX_METADATA_BYTES
+    if isinstance(item, ModulationTable):
+        return 4 * item.steps * (12 * item.layers + 2) * item.dim + arrays.MAX_METADATA_BYTES
     return store.MAX_FILE_BYTES
 
 

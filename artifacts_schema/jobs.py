@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from artifacts_schema import disk, store
 from artifacts_schema.errors import Damaged, Unreadable, UserError
-from artifacts_schema.manifests import Dtype, Key, Record, Sha256
+from artifacts_schema.manifests import Dtype, Key, Precision, Record, Sha256
 from artifacts_schema.prompts import Prompt
 
 JOBS = ".jobs"
@@ -37,7 +37,7 @@ class Job(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_on
     source: str  # the drop's name
     sha256: Sha256  # of the drop's content
     model: str
-    dtype: Dtype
+    dtype: Precision
     decode_dtype: Dtype
     priority: int = 0  # higher comes first
     prompts: tuple[Prompt, ...]

@@ -12,6 +12,8 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Key = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 Positive = Annotated[int, Meta(ge=1)]
 Dtype = Literal["float32", "bfloat16"]
+Bits = Literal[4, 8]
+Precision = Annotated[str, Meta(pattern="^(float32|bfloat16)(-q[48])?$")]  # of the numbers computed with: see `split`
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -83,6 +85,16 @@ class Embedding(Record, frozen=True, kw_only=True):
     file: File
 
 
+class ModulationTable(Record, frozen=True, kw_only=True):
+    """What a schedule makes of a transformer's blocks: img and txt [steps, layers, 6 * dim], out [steps, 2 * dim]."""
+
+    key: Key
+    steps: Positive
+    layers: Positive
+    dim: Positive
+    dtype: str
+
+
 class LatentsItem(Record, frozen=True, kw_only=True):
     """One picture's final latents: normalized, unpacked, float32 [channels, height / 8, width / 8] in a zarr array."""
 
@@ -122,7 +134,7 @@ class Recipe(Record, frozen=True, kw_only=True):
     true_cfg_scale: float
     model: Annotated[str, Meta(pattern="^[^\0]*$")]
     fingerprints: dict[str, Sha256]
-    dtype: Dtype
+    dtype: Precision
     decode_dtype: Dtype | None = None  # None: from before it was recorded
     latents_key: Key  # rather than a manifest's id: that changes with every picture added beside it
 
@@ -228,3 +240,9 @@ class ImagesManifest(Manifest, frozen=True, tag="qwen-stage/images/2", kw_only=T
     kind: ClassVar[str] = "images"
     older: ClassVar[tuple[type[ManifestV1], ...]] = (ImagesManifestV1,)
     items: tuple[ImageItem, ...]
+
+
+def split(precision: str) -> tuple[Dtype, Bits | None]:
+    """What is computed in, and to how many bits the weights are quantized: `bfloat16-q4` -> bfloat16, 4."""
+    dtype, _, bits = precision.partition("-q")
+    return msgspec.convert((dtype, int(bits) if bits else None), type=tuple[Dtype, Bits | None])

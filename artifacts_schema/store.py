@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 BACKUP = "manifest.backup.json"  # the same again, for `rerun` to repair from: nothing else says what was asked for
 MAX_MANIFEST_BYTES = 64 << 20
-MAX_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 1 << 30  # the largest are tables of modulations: 0.9 GB for 100 steps in float32
 UNSEALED = "0" * 64
 KINDS: tuple[type[Manifest], ...] = (EmbeddingsManifest, LatentsManifest, ImagesManifest)
 MADE_BY = {"embeddings": "encode", "latents": "denoise", "images": "decode"}

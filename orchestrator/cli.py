@@ -106,8 +106,10 @@ def _encode(args: argparse.Namespace) -> int:
         checkpoint,
         args.out,
         negative_prompt=args.negative_prompt,
-        dtype=args.dtype,
+        dtype=_precision(args),
         truncate=args.truncate,
+        stream=args.stream,
+        budget=args.memory,
         report=args.voice.report,
         notice=args.voice.notice,
     )
@@ -136,7 +138,9 @@ def _denoise(args: argparse.Namespace) -> int:
         keep_trajectory=args.keep_trajectory,
         save_every_step=args.save_every_step,
         preview=args.preview,
-        dtype=args.dtype,
+        dtype=_precision(args),
+        stream=args.stream,
+        budget=args.memory,
         deferring=_deferred_interrupts,
         report=args.voice.report,
         notice=args.voice.notice,
@@ -157,6 +161,7 @@ def _decode(args: argparse.Namespace) -> int:
         args.out,
         items=items,
         dtype=args.dtype,
+        budget=args.memory,
         report=args.voice.report,
         notice=args.voice.notice,
     )
@@ -200,14 +205,17 @@ def _run(args: argparse.Namespace) -> int:
         for prompt in args.prompts
     ]
     common = [*_option("--model", args.model), *(["--debug"] if args.debug else [])]
-    compute = _option("--dtype", args.dtype)
-    encoding = [*compute, *_option("--out", args.out)]
+    common += _option("--memory", args.memory)
+    streaming = [] if args.stream is None else ["--stream" if args.stream else "--no-stream"]
+    encoding = [*streaming, *_option("--dtype", args.dtype), *_option("--out", args.out)]
+    encoding += _option("--quantize", args.quantize_text)
     encoding += ["--truncate"] if args.truncate else []
     code, lines = stage("encode", "-", "--format=jsonl", *common, *encoding, stdin=to_jsonl(entries))
     if code:
         return code
     run = lines[-1]
-    denoising = [*compute, f"--batch={args.batch}", *_option("--noise", args.noise)]
+    denoising = [*streaming, *_option("--dtype", args.dtype), *_option("--quantize", args.quantize)]
+    denoising += [f"--batch={args.batch}", *_option("--noise", args.noise)]
     denoising += ["--batch-guidance"] if args.batch_guidance else []
     denoising += ["--keep-trajectory"] if args.keep_trajectory else []
     denoised, _ = stage("denoise", f"--embeddings={run}", *common, *denoising)
@@ -223,6 +231,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     """What the command line does not say is as the picture's recipe has it."""
+    from artifacts_schema.manifests import split
     from orchestrator.inspect import read_recipe
     from stages.checkpoint import open_checkpoint
 
@@ -245,7 +254,9 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     args.steps = args.steps or recipe.num_inference_steps
     args.cfg = recipe.true_cfg_scale if args.cfg is None else args.cfg
     args.negative_prompt = recipe.negative_prompt if args.negative_prompt is None else args.negative_prompt
-    args.dtype, args.decode_dtype = args.dtype or recipe.dtype, args.dtype or recipe.decode_dtype
+    compute, bits = split(recipe.dtype)
+    args.quantize = args.quantize or bits
+    args.dtype, args.decode_dtype = args.dtype or compute, args.dtype or recipe.decode_dtype
 
 
 def _rerun(args: argparse.Namespace) -> int:
@@ -254,14 +265,16 @@ def _rerun(args: argparse.Namespace) -> int:
 
     options = [f"--batch={args.batch}"]
     options += ["--batch-guidance"] if args.batch_guidance else []
+    options += [] if args.stream is None else ["--stream" if args.stream else "--no-stream"]
     more = [seed for seed in args.seed if seed.startswith("+")]
     if more and (len(args.seed) > 1 or int(more[0]) > MOST_MORE_SEEDS):
         raise UserError(f"give either seeds or +N for N more of them, at most +{MOST_MORE_SEEDS}")
     settings = _settings(args, [] if more else [int(seed) for seed in args.seed])
-    changes = Changes(settings, int(more[0]) if more else 0, args.dtype, args.keep_trajectory)
+    changes = Changes(settings, int(more[0]) if more else 0, _precision(args), args.dtype, args.keep_trajectory)
     if args.start == "decode" and (settings != Settings() or more):
         raise UserError("seeds, size, steps and cfg are settings of denoise; rerun with --from denoise")
-    code, pictures = Rerun(args.run, args.model, options, _notice).go(args.start, args.item or [], changes)
+    limits = _option("--memory", args.memory)
+    code, pictures = Rerun(args.run, args.model, options, limits, _notice).go(args.start, args.item or [], changes)
     for picture in pictures:
         print(picture)
     return code
@@ -331,8 +344,11 @@ def _watch(args: argparse.Namespace) -> int:
     outbox = args.out or args.inbox.resolve().parent / "outbox"
     if args.inbox.resolve() in (outbox.resolve(), *outbox.resolve().parents):
         raise UserError(f"{outbox} lies in the inbox; choose another --out")
-    terms = Terms(stages, args.truncate, args.overlap, args.hang, cache.parse_bytes(args.min_free), args.once)
-    options = Options(terms, args.model, args.dtype, args.poll, args.settle)
+    streaming = () if args.stream is None else ("--stream" if args.stream else "--no-stream",)
+    limits = tuple(_option("--memory", args.memory))
+    min_free = cache.parse_bytes(args.min_free)
+    terms = Terms(stages, args.truncate, args.overlap, args.hang, min_free, args.once, limits, streaming)
+    options = Options(terms, args.model, _precision(args), args.poll, args.settle)
     terminal = Terminal(leave=False)
     _announce(args.model, terminal.notice)
     with _deferred_interrupts() as interrupted:
@@ -407,6 +423,13 @@ def _cache_trim(args: argparse.Namespace) -> int:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
+
+
+def _precision(args: argparse.Namespace) -> str | None:
+    """What is computed in, and the bits of quantized weights: `bfloat16-q4`; None where neither is said."""
+    from stages.checkpoint import default_dtype
+
+    return f"{args.dtype or default_dtype()}-q{args.quantize}" if args.quantize else args.dtype
 
 
 def _option(name: str, value: object) -> list[str]:
@@ -488,6 +511,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _bytes(text: str) -> int:
+    from artifacts_schema.cache import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -514,7 +546,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     dtype_help = "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs and for decode"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype_help)
+    memory_help = "what a stage may use, as in 16GB: it keeps to that or refuses; default: what is free"
+    add("--memory", type=_bytes, metavar="SIZE", help=memory_help)
     add("--debug", action="store_true", help="show the traceback of an error")
+
+    loading = argparse.ArgumentParser(add_help=False)
+    add = loading.add_argument
+    stream_help = "read the layers at every pass, two at a time in memory; default: where memory is short"
+    add("--stream", action=argparse.BooleanOptionalAction, help=stream_help)
+    quantize_help = "the model's weights, as they are read, to so many bits: a smaller model, other pictures"
+    add("--quantize", type=int, choices=(4, 8), help=quantize_help)
 
     writing = argparse.ArgumentParser(add_help=False, parents=[common])
     writing.add_argument("--out", type=_path, metavar="DIR", help="run directory to write into")
@@ -547,21 +588,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser(
-        "run", parents=[writing, encoding, beginning, denoising], help="prompts to pictures, all stages"
+        "run",
+        parents=[writing, encoding, beginning, denoising, loading],
+        help="prompts to pictures, all stages",
     )
     run.add_argument("prompts", nargs="*", type=_text, metavar="PROMPT")
     like_help = "a picture of qwen-stage: what is not said otherwise is as it was made"
+    text_help = "the text encoder's weights to so many bits"
+    run.add_argument("--quantize-text", type=int, choices=(4, 8), help=text_help)
     run.add_argument("--like", type=_path, metavar="PNG", help=like_help)
     run.set_defaults(command=_run)
 
-    encode = commands.add_parser("encode", parents=[writing, encoding], help="prompts to embeddings")
+    encode = commands.add_parser("encode", parents=[writing, encoding, loading], help="prompts to embeddings")
     encode.add_argument(
         "prompts", type=_path, metavar="FILE", help=".txt (a prompt a line), .toml, .jsonl; - is standard input"
     )
     encode.add_argument("--format", choices=("txt", "toml", "jsonl"), help="default: by the file's name")
     encode.set_defaults(command=_encode)
 
-    denoise = commands.add_parser("denoise", parents=[writing, beginning, denoising], help="embeddings to latents")
+    denoise = commands.add_parser(
+        "denoise", parents=[writing, beginning, denoising, loading], help="embeddings to latents"
+    )
     denoise.add_argument("--embeddings", type=_path, required=True, metavar="DIR", help="a run or its embeddings/")
     items_help = "make these and no others: JSON lines, as artifacts_schema/prompts.py has them; - is standard input"
     save_help = "whatever that takes; else as often as 1%% of the time allows"
@@ -579,7 +626,9 @@ def _parser() -> argparse.ArgumentParser:
     fit_preview = commands.add_parser("fit-preview", parents=[common])  # no help: it is for orchestrators
     fit_preview.set_defaults(command=_fit_preview)
 
-    rerun = commands.add_parser("rerun", parents=[common, denoising], help="repair a run, or make it again otherwise")
+    rerun = commands.add_parser(
+        "rerun", parents=[common, denoising, loading], help="repair a run, or make it again otherwise"
+    )
     add = rerun.add_argument
     add("run", type=_path, metavar="RUN", help="a run directory")
     from_help = "the first stage to run again; what is there and whole is kept; default: encode"
@@ -590,7 +639,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     rerun.set_defaults(command=_rerun)
 
-    watch = commands.add_parser("watch", parents=[common], help="pictures of every prompt file put into a folder")
+    watch = commands.add_parser(
+        "watch", parents=[common, loading], help="pictures of every prompt file put into a folder"
+    )
     add = watch.add_argument
     add("inbox", type=_path, metavar="INBOX", help="where to put .txt, .toml, .jsonl, or a .png to make again")
     add("--out", type=_path, metavar="OUTBOX", help="where a run is made of each; default: outbox, beside the inbox")

@@ -15,6 +15,7 @@ from artifacts_schema.prompts import Entry, to_jsonl
 from orchestrator import plan
 from orchestrator.plan import Work
 from orchestrator.progress import Terminal
+from orchestrator.run import precision
 from orchestrator.worker import Answer, Order, Progress, Ready, Said, Worker, how_it_ended
 
 ATTEMPTS = 3  # of a job in a stage that fail and bring nothing, before it is set aside
@@ -42,6 +43,8 @@ class Terms(NamedTuple):
     hang: float = 900.0  # seconds without progress after which a worker is taken for dead
     min_free: int = 1_000_000_000  # bytes of disk, with fewer of which nothing is begun
     once: bool = False  # end when nothing is left to do
+    limits: tuple[str, ...] = ()  # options of every stage
+    streaming: tuple[str, ...] = ()  # and of encode and denoise
 
 
 class Slot:
@@ -399,20 +402,30 @@ class Dispatcher:
 def _command(jobs: Jobs, job: Job, order: plan.Order, terms: Terms, again: bool) -> Order:
     """An order as a command line of `qwen-stage`; `again`: after an attempt that brought nothing."""
     run = jobs.run(job)
-    model, dtype = f"--model={job.model}", f"--dtype={job.dtype}"
+    model = f"--model={job.model}"
+    dtype, *quantize = precision(job.dtype)
+    computing = [model, dtype, *terms.limits, *terms.streaming]
     if order.stage == "encode":
         truncate = ["--truncate"] if terms.truncate else []
         entries = to_jsonl([Entry.of(prompt) for prompt in job.prompts]).decode()
-        return Order(["encode", "-", "--format=jsonl", f"--out={run}", model, dtype, *truncate], entries)
+        return Order(["encode", "-", "--format=jsonl", f"--out={run}", *computing, *truncate], entries)
     if order.stage == "denoise":
         save = ["--save-every-step"] if again else []
         wanted = to_jsonl(list(order.pictures)).decode()
         return Order(
-            ["denoise", f"--embeddings={run}", "--items=-", model, dtype, f"--preview={jobs.preview(job.id)}", *save],
+            [
+                "denoise",
+                f"--embeddings={run}",
+                "--items=-",
+                *computing,
+                *quantize,
+                f"--preview={jobs.preview(job.id)}",
+                *save,
+            ],
             wanted,
         )
     keys = "".join(f"{key}\n" for key in order.pictures)
-    return Order(["decode", "--items=-", model, f"--dtype={job.decode_dtype}", "--", str(run)], keys)
+    return Order(["decode", "--items=-", model, f"--dtype={job.decode_dtype}", *terms.limits, "--", str(run)], keys)
 
 
 def _available_memory() -> int:

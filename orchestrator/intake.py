@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from artifacts_schema import disk, keys
 from artifacts_schema.errors import Unreadable, UserError
 from artifacts_schema.jobs import Ended, Job
-from artifacts_schema.manifests import Dtype, Recipe, Settings
+from artifacts_schema.manifests import Precision, Recipe, Settings
 from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts, resolve
 from orchestrator.inbox import Claim
 from orchestrator.inspect import read_recipe
@@ -34,7 +34,7 @@ class Intake(NamedTuple):
     """What is said for all drops of a watch."""
 
     model: str | None
-    dtype: Dtype | None
+    dtype: Precision | None
     notice: Notice
 
     def job(self, claim: Claim, is_taken: Callable[[str], bool]) -> Job:

@@ -23,7 +23,7 @@ from artifacts_schema.manifests import (
 )
 from artifacts_schema.prompts import NO_GUIDANCE, Entry, Wanted, as_wanted, check_settings, to_jsonl
 from orchestrator import EXIT_DONE, EXIT_SOME_FAILED
-from orchestrator.run import stage
+from orchestrator.run import precision, stage
 
 Notice = Callable[[str], None]
 T = TypeVar("T")
@@ -44,15 +44,17 @@ class Changes(NamedTuple):
 
     settings: Settings
     more_seeds: int = 0  # this many after the largest that each prompt has
-    dtype: str | None = None
+    dtype: str | None = None  # quantized or not
+    decode_dtype: str | None = None
     keep_trajectory: bool = False
 
 
 class Rerun:
-    def __init__(self, run: Path, model: str | None, options: list[str], notice: Notice) -> None:
-        """`options` go to `denoise` as they are."""
+    def __init__(self, run: Path, model: str | None, options: list[str], limits: list[str], notice: Notice) -> None:
+        """`options` go to `denoise` as they are, `limits` to every stage."""
         self.run = run
         self.options = options
+        self.limits = limits
         self.notice = notice
         self.model = [] if model is None else [f"--model={model}"]
         self.some_failed = False
@@ -75,7 +77,7 @@ class Rerun:
                 keys = self._denoise(items, changes)
             else:
                 keys = self._denoise_all(changes)
-            pictures = self._decode(keys, changes.dtype)
+            pictures = self._decode(keys, changes.decode_dtype)
             return EXIT_SOME_FAILED if self.some_failed else EXIT_DONE, pictures
         except StageFailed as failed:
             return failed.code, []
@@ -134,7 +136,7 @@ class Rerun:
                 "--format=jsonl",
                 f"--out={self.run}",
                 *model,
-                *_option("--dtype", own_dtype),
+                *precision(own_dtype),
                 *(["--truncate"] if truncate else []),
                 stdin=to_jsonl([Entry.of(item) for item in items]),
             )
@@ -164,7 +166,7 @@ class Rerun:
                 f"`qwen-stage denoise --embeddings RUN --out {self.run}`"
             )
         for (dtype, keep), group in _grouped(missing, lambda one: (one[0][1], one[1])):
-            options = [f"--dtype={dtype}", *(["--keep-trajectory"] if keep else []), *self.options]
+            options = [*precision(dtype), *(["--keep-trajectory"] if keep else []), *self.options]
             lines = to_jsonl([each for (each, _), _ in group])
             self._stage("denoise", f"--embeddings={self.run}", "--items=-", *self.model, *options, stdin=lines)
         made = {(as_wanted(item), item.dtype): item.key for item in self._items() if item.seed is not None}
@@ -184,7 +186,7 @@ class Rerun:
             "denoise",
             f"--embeddings={self.run}",
             *self.model,
-            *_option("--dtype", changes.dtype),
+            *precision(changes.dtype),
             *_option("--size", size),
             *_option("--steps", settings.num_inference_steps),
             *_option("--cfg", settings.true_cfg_scale),
@@ -209,7 +211,7 @@ class Rerun:
         return [Path(picture) for picture in pictures]
 
     def _stage(self, name: str, *arguments: str, stdin: bytes = b"") -> list[str]:
-        code, lines = stage(name, *arguments, stdin=stdin)
+        code, lines = stage(name, *self.limits, *arguments, stdin=stdin)
         if code not in (EXIT_DONE, EXIT_SOME_FAILED):
             raise StageFailed(code)
         self.some_failed |= code == EXIT_SOME_FAILED

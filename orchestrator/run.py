@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+from artifacts_schema.manifests import split
 from orchestrator import EXIT_INTERRUPTED
 
 # -P: a folder named `stages` where the user happens to be must not be imported instead of ours
@@ -29,3 +30,11 @@ def stage(name: str, *arguments: str, stdin: bytes = b"") -> tuple[int, list[str
         print(f"qwen-stage: {name} was killed by {reason}{hint}; what was finished is kept", file=sys.stderr)
         return 128 - child.returncode, []
     return child.returncode, output.decode("utf-8", "surrogateescape").split("\n")[:-1]
+
+
+def precision(recorded: str | None) -> list[str]:
+    """What a manifest calls dtype, as options of a stage: bfloat16-q4 -> --dtype=bfloat16 --quantize=4."""
+    if recorded is None:
+        return []
+    dtype, bits = split(recorded)
+    return [f"--dtype={dtype}"] if bits is None else [f"--dtype={dtype}", f"--quantize={bits}"]

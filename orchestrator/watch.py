@@ -19,7 +19,7 @@ from typing import NamedTuple
 from artifacts_schema import disk, store
 from artifacts_schema.errors import Busy, Damaged, Unreadable, UserError, failed_operation
 from artifacts_schema.jobs import STAGES, Ended, Jobs
-from artifacts_schema.manifests import Dtype, LatentsManifest
+from artifacts_schema.manifests import LatentsManifest, Precision
 from artifacts_schema.trajectory import forget_steps
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, plan
 from orchestrator.dispatch import ATTEMPTS, NO_SPACE, RETRY_SECONDS, Dispatcher, Terms
@@ -46,7 +46,7 @@ Notifier = Callable[[Path, Wake], Callable[[], None]]  # wakes whenever somethin
 class Options(NamedTuple):
     terms: Terms
     model: str | None = None
-    dtype: Dtype | None = None
+    dtype: Precision | None = None
     poll: bool = False
     settle: float = SETTLE_SECONDS
 

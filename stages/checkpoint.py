@@ -1,4 +1,4 @@
-"""A model's name -> its directory -> the configs and the strictly checked, lazily read weights of each component.
+"""A model's name -> its directory -> each component's config, fingerprint, and the tensors in its files.
 
 The layout is that of `Qwen/Qwen-Image`: `model_index.json`, `scheduler/ text_encoder/ tokenizer/ transformer/ vae/`.
 """
@@ -6,10 +6,10 @@ The layout is that of `Qwen/Qwen-Image`: `model_index.json`, `scheduler/ text_en
 import json
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -18,25 +18,21 @@ from artifacts_schema.errors import Unavailable, UserError
 from artifacts_schema.manifests import Settings
 from artifacts_schema.prompts import check_settings, parse_size
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-    import mlx.nn as nn
-
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "tiny"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+SHOWN_NAMES = 3  # of tensors, in an error
+HEADER_SIZE_BYTES = 8  # a safetensors file begins with the size of its header
 CUDA_BACKEND = "mlx_cuda*.dist-info"  # beside MLX's own package
 MAX_PIXELS = 8192 * 8192
-SHOWN_NAMES = 3  # of tensors, in an error
 MAX_POSITIONS = 4096  # the reference's RoPE tables end there; the transformer never saw positions beyond
 REAL_MODEL_HINT = "choose a real one with --model, for example --model Qwen/Qwen-Image-2512"
 # what Qwen-Image's own examples use
 DEFAULTS = Settings(seeds=(42,), width=1024, height=1024, num_inference_steps=50, true_cfg_scale=4.0)
 
 T = TypeVar("T")
-N = TypeVar("N", bound="nn.Module")
 
 
 class OwnDefaults(msgspec.Struct):
@@ -46,6 +42,16 @@ class OwnDefaults(msgspec.Struct):
     size: str | None = None
     steps: int | None = None
     cfg: float | None = None
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies in a file, and what it is."""
+
+    file: Path
+    dtype: str  # safetensors' name: BF16, F32, U32
+    shape: tuple[int, ...]
+    begin: int
+    size: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -181,50 +187,7 @@ def _in_hub_cache(repository: str) -> Path:
         ) from None
 
 
-def load_model(checkpoint: Checkpoint, component: str, model: type[N], config: type[T], dtype: str) -> N:
-    """A component as `model(config)` with its weights, read lazily and computing in `dtype`.
-
-    The last one is kept: a process that is given one order after the other loads it once.
-    """
-    kinds: Any = (model, config)
-    return _load_model(checkpoint, component, checkpoint.fingerprint(component), kinds, dtype)
-
-
-@lru_cache(maxsize=1)
-def _load_model(checkpoint: Checkpoint, component: str, fingerprint: str, kinds: Any, dtype: str) -> Any:
-    model, config = kinds
-    made = model(checkpoint.config(component, config))
-    load_weights(made, checkpoint.component(component), mlx_dtype(dtype))
-    return made
-
-
-def load_weights(model: "nn.Module", directory: Path, dtype: "mx.Dtype") -> None:
-    """Gives a model its weights, lazily and in `dtype`. A missing, extra or mis-shaped tensor is an error naming it."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    weights: dict[str, Any] = {}
-    for path in _weight_files(directory):
-        try:
-            weights.update(mx.load(str(path)))
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-    weights = model.sanitize(weights)
-    wanted = dict(tree_flatten(model.parameters()))
-    if missing := sorted(wanted.keys() - weights.keys()):
-        raise UserError(f"{directory} lacks the tensors {_names(missing)}; download the model again")
-    if extra := sorted(weights.keys() - wanted.keys()):
-        raise UserError(f"{directory} holds tensors its config.json does not account for: {_names(extra)}")
-    for name, weight in weights.items():
-        if weight.shape != wanted[name].shape:
-            raise UserError(
-                f"{directory}: tensor {name} has the wrong shape: {weight.shape} where config.json asks for "
-                f"{wanted[name].shape}"
-            )
-    model.load_weights([(name, weight.astype(dtype)) for name, weight in weights.items()])
-
-
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The shards an index names, or the single weight file; each checked to be complete."""
     from safetensors import SafetensorError, safe_open
 
@@ -249,11 +212,27 @@ def _weight_files(directory: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); download the model again") from None
         if absent := sorted(name for name, shard in weight_map.items() if shard == path.name and name not in names):
-            raise UserError(f"{path} lacks the tensors {_names(absent)} that the index promises; download it again")
+            raise UserError(f"{path} lacks the tensors {shown(absent)} that the index promises; download it again")
     return sorted(expected)
 
 
-def _names(names: list[str]) -> str:
+def tensors_of(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors in safetensors files that `weight_files` has checked, by name."""
+    tensors = {}
+    for path in files:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(HEADER_SIZE_BYTES), "little")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        start = HEADER_SIZE_BYTES + header_bytes
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = Tensor(path, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
+    return tensors
+
+
+def shown(names: list[str]) -> str:
+    """Some of the names, for an error."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
@@ -271,9 +250,3 @@ def has_cuda() -> bool:
     package = find_spec("mlx")
     places = [Path(place).parent for place in package.submodule_search_locations or ()] if package else []
     return any(any(place.glob(CUDA_BACKEND)) for place in places)
-
-
-def mlx_dtype(name: str) -> "mx.Dtype":
-    import mlx.core as mx
-
-    return {"bfloat16": mx.bfloat16, "float32": mx.float32}[name]

@@ -22,7 +22,7 @@ from artifacts_schema.manifests import (
     Model,
     Recipe,
 )
-from stages.checkpoint import Checkpoint, load_model, open_checkpoint
+from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.preview import Fit
 
@@ -44,6 +44,7 @@ def decode(
     *,
     items: frozenset[str] | None = None,
     dtype: str | None = None,
+    budget: int | None = None,
     report: Report,
     notice: Notice,
 ) -> tuple[list[Path], list[str]]:
@@ -76,10 +77,11 @@ def decode(
             raise errors[0]
         if todo:
             from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
+            from stages.weights import Loading, load_model
 
             report("decode", 0, len(todo))
             fit = Fit.of(checkpoint)
-            vae = load_model(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype)
+            vae = load_model(Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype))
         for number, key in enumerate(todo, 1):
             watch = Stopwatch()
             normalized = store.read_latents(source, images.wanted[key])

@@ -25,11 +25,14 @@ from artifacts_schema.manifests import (
     Model,
     PromptItem,
     Settings,
+    split,
 )
 from artifacts_schema.prompts import NO_GUIDANCE, Wanted, check_settings, resolve
 from artifacts_schema.trajectory import Trajectory, resume
-from stages.checkpoint import Checkpoint, default_dtype, load_model, mlx_dtype, open_checkpoint
+from stages import memory
+from stages.checkpoint import Checkpoint, default_dtype, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
+from stages.modulation import Sigmas, Tables
 from stages.preview import Preview
 from stages.scheduler import SchedulerConfig
 
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
 
-    from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
+    from stages.models.transformer import Modulation, QwenImageTransformer2DModel, TransformerConfig
 
 CODE_VERSION = 1  # raised whenever the same inputs would give other latents
 CHECKPOINT_SHARE = 0.01  # of the time may go into saving what a kill would lose
@@ -85,6 +88,8 @@ def denoise(
     save_every_step: bool = False,
     preview: Path | None = None,
     dtype: str | None = None,
+    stream: bool | None = None,
+    budget: int | None = None,
     deferring: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
     report: Report,
     notice: Notice,
@@ -93,12 +98,15 @@ def denoise(
 
     `overrides` come before the prompts' own settings, those before the checkpoint's defaults; what is `wanted` says
     all of that itself. Finished pictures are published one batch at a time and never lost; an unfinished one goes on
-    from its last checkpoint and ends as if it had never stopped; with `save_every_step` that is its last step. Within
+    from its last checkpoint and ends as if it had never stopped; with `save_every_step` that is its last step. With
+    `stream`, the transformer's blocks are read at every step; None decides by the memory there is, or that `budget`
+    allows in bytes. `dtype` may be quantized, as in bfloat16-q4. Within
     `deferring()`, when what that yields turns true, the step is finished and saved, then KeyboardInterrupt raised.
     `preview` is a file that shows the picture as it is being denoised, if something was decoded with the VAE before.
     Returns the latents directory and what failed, a line each.
     """
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
+    from stages.weights import Loading, load_model, mlx_dtype
 
     cache_limit = cache.limit()
     source = store.find(embeddings, EmbeddingsManifest)
@@ -108,7 +116,7 @@ def denoise(
     config = checkpoint.config("transformer", TransformerConfig)
     schedule = checkpoint.config("scheduler", SchedulerConfig, "scheduler_config.json")
     dtype = dtype or default_dtype()
-    compute = mlx_dtype(dtype)
+    compute, bits = split(dtype)
     own = checkpoint.model("scheduler", "transformer", "vae")
     made_with = replace(own, fingerprints={**manifest.model.fingerprints, **own.fingerprints})
     pictures = (
@@ -130,10 +138,16 @@ def denoise(
         if not todo:
             return directory, []
         prompts = _load_embeddings(source, manifest, todo, config)
-        transformer = load_model(checkpoint, "transformer", QwenImageTransformer2DModel, TransformerConfig, dtype)
+        batches = [(_sigmas(schedule, group[0]), group) for group in _batches(todo, batch)]
+        loading = Loading(checkpoint, "transformer", QwenImageTransformer2DModel, TransformerConfig, compute, bits)
+        states = max(_states(group, prompts, config, batch_guidance, compute) for _, group in batches)
+        stream = memory.streams("transformer", loading.weights(), states, stream, memory.budget(budget), notice)
+        tables = Tables(checkpoint, config, compute, report, notice)
+        tables.prepare([sigmas for sigmas, _ in batches])
+        transformer = load_model(loading, stream=stream, report=report)
         live = Preview.of(preview, checkpoint) if preview else None
         failures, begun = [], 0
-        for group in _batches(todo, batch):
+        for sigmas, group in batches:
             watch = Stopwatch()
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"
@@ -142,10 +156,11 @@ def denoise(
             with deferring() as interrupted, live or nullcontext():
                 results = _denoise_batch(
                     transformer,
-                    schedule,
+                    sigmas,
+                    tables.of(sigmas),
                     group,
                     prompts,
-                    compute,
+                    mlx_dtype(compute),
                     batch_guidance,
                     Checkpoints(trajectories, keep, save_every_step, interrupted),
                     partial(report, label),
@@ -396,9 +411,32 @@ def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
             yield members[start : start + size]
 
 
+def _states(
+    jobs: list[Job], prompts: "dict[str, mx.array]", config: "TransformerConfig", batch_guidance: bool, dtype: str
+) -> int:
+    """Bytes that a batch takes beside the weights."""
+    settings, (_, height, width) = jobs[0].settings, jobs[0].shape
+    texts = [sum(len(prompts[job.item.prompt_key]) for job in jobs)]
+    if settings.guided:
+        texts.append(sum(len(prompts[job.item.negative_key]) for job in jobs))
+    passes = [len(jobs) * (height // 2) * (width // 2) + text for text in texts]
+    at_work = sum(passes) if batch_guidance else max(passes)
+    longest = max(len(prompts[key]) for job in jobs for key in (job.item.prompt_key, job.item.negative_key))
+    attended = (height // 2) * (width // 2) + longest
+    return memory.image_states(config, at_work, sum(passes), attended, settings.steps, dtype)
+
+
+def _sigmas(schedule: SchedulerConfig, job: Job) -> Sigmas:
+    from stages.models.transformer import PATCH_SIZE
+
+    _, height, width = job.shape
+    return tuple(schedule.sigmas(job.settings.steps, height // PATCH_SIZE * (width // PATCH_SIZE)))
+
+
 def _denoise_batch(
     transformer: "QwenImageTransformer2DModel",
-    schedule: SchedulerConfig,
+    sigmas: Sigmas,
+    modulations: "list[Modulation]",
     jobs: list[Job],
     prompts: "dict[str, mx.array]",
     compute: "mx.Dtype",
@@ -412,7 +450,7 @@ def _denoise_batch(
     import mlx.core as mx
     import numpy as np
 
-    from stages.models.transformer import pack_latents, unpack_latents
+    from stages.models.transformer import Text, pack_latents, unpack_latents
 
     settings = jobs[0].settings
     _, height, width = jobs[0].shape
@@ -426,31 +464,24 @@ def _denoise_batch(
     def unpacked() -> "list[np.ndarray]":
         return list(np.array(unpack_latents(latents, height, width)))
 
-    texts = [[prompts[job.item.prompt_key] for job in jobs]]
+    prompt_embeds = [[prompts[job.item.prompt_key] for job in jobs]]
     if settings.guided:
-        texts.append([prompts[job.item.negative_key] for job in jobs])
+        prompt_embeds.append([prompts[job.item.negative_key] for job in jobs])
     if batch_guidance:
-        texts = [[embeds for text in texts for embeds in text]]
-    passes = []
-    for text in texts:
-        txt_seq_lens = [embeds.shape[0] for embeds in text]
+        prompt_embeds = [[each for packed in prompt_embeds for each in packed]]
+    texts = []
+    for packed in prompt_embeds:
+        txt_seq_lens = [each.shape[0] for each in packed]
         rotary = transformer.pos_embed(height // 2, width // 2, txt_seq_lens)
-        passes.append((mx.concatenate(text).astype(compute), txt_seq_lens, rotary))
+        texts.append(Text(mx.concatenate(packed).astype(compute), txt_seq_lens, rotary))
 
     steps = settings.steps
-    sigmas = schedule.sigmas(steps, latents.shape[1])
     step_done(start, steps)
     if not start:
         checkpoints.after(0, False, unpacked)
     for i in range(start, steps):
-        timestep = model_timestep(sigmas[i], compute)
-        predictions = []
-        for encoder_hidden_states, txt_seq_lens, rotary in passes:
-            hidden_states = mx.concatenate([latents.astype(compute)] * (len(txt_seq_lens) // len(jobs)))
-            predictions.append(
-                transformer(hidden_states, encoder_hidden_states, txt_seq_lens, timestep, rotary).astype(mx.float32)
-            )
-        velocity = mx.concatenate(predictions)
+        predictions = transformer(latents.astype(compute), texts, modulations[i])
+        velocity = mx.concatenate(predictions).astype(mx.float32)
         if settings.guided:
             positive, negative = velocity.split(2)
             velocity = guided(positive, negative, settings.cfg)
@@ -473,13 +504,6 @@ def _noise(job: Job) -> "mx.array":
     import mlx.core as mx
 
     return mx.random.normal(job.shape, mx.float32, key=mx.random.key(job.seed)) if job.noise is None else job.noise
-
-
-def model_timestep(sigma: float, compute: "mx.Dtype") -> "mx.array":
-    """A noise level as the transformer takes it: a scalar, rounded to the compute dtype where the reference rounds."""
-    import mlx.core as mx
-
-    return mx.array(1000 * sigma).astype(compute) / 1000
 
 
 def guided(positive: "mx.array", negative: "mx.array", true_cfg_scale: float) -> "mx.array":

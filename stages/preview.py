@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts_schema import cache, disk
-from stages.checkpoint import Checkpoint, load_model, open_checkpoint
+from stages.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,11 +78,12 @@ def fit_made_up(model: str | None) -> None:
     import numpy as np
 
     from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
+    from stages.weights import Loading, load_model
 
     checkpoint = open_checkpoint(model)
     fit = Fit.of(checkpoint)
     if fit.moments is None:
-        vae = load_model(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, "float32")
+        vae = load_model(Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, "float32"))
         latents = _made_up_latents(vae.config.z_dim)
         pictures = np.array(((vae.decode(mx.array(latents)) * 0.5 + 0.5) * 255).astype(mx.uint8))
         for each, pixels in zip(latents, pictures, strict=True):

@@ -248,6 +248,7 @@ def test_an_entry_that_is_whole_but_wrong_is_set_aside(qwen_stage, tmp_path, sma
             f"{key[2:]}.zarr/{name}": data for name, data in arrays.pack(np.ones((16, 2, 2), np.float32)).items()
         },
         "images": lambda key: {f"{key[2:]}.png": b"GIF"},
+        "modulations": lambda key: {f"{key[2:]}.safetensors": b"none"},
     }
     for entry in cache.entries():
         item = cache.find(entry.kind, entry.key, print)

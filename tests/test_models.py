@@ -7,18 +7,22 @@ import random_models
 from conftest import RANDOM_CASES
 from parity import assert_close
 
-from stages.checkpoint import Checkpoint, load_weights
+from stages.checkpoint import Checkpoint
 from stages.denoise import guided
 from stages.encode import TEMPLATE_PREFIX, TEMPLATE_SUFFIX
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import (
+    Modulation,
+    Modulator,
     QwenImageTransformer2DModel,
+    Text,
     TransformerConfig,
     pack_latents,
     unpack_latents,
 )
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 from stages.tokenizer import load_tokenizer
+from stages.weights import load_weights
 
 CASES = [*RANDOM_CASES, "demo"]
 
@@ -38,7 +42,7 @@ def test_text_encoder(golden, name):
     drop = len(tokenizer.encode(TEMPLATE_PREFIX).ids)
     for i, prompt in enumerate(case["prompts"]):
         ids = tokenizer.encode(TEMPLATE_PREFIX + prompt + TEMPLATE_SUFFIX).ids
-        assert_close(model(mx.array([ids]))[0, drop:], expected[f"prompt_embeds.{i}"])
+        assert_close(model([ids])[0][drop:], expected[f"prompt_embeds.{i}"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,9 +54,10 @@ def test_transformer(golden, name):
     noise = mx.array(random_models.noise(len(case["prompts"]), h, w, case["seed"]))
     embeds = [expected[f"prompt_embeds.{i}"] for i in range(len(case["prompts"]))]
     lengths = [len(each) for each in embeds]
-    rotary = model.pos_embed(h // 2, w // 2, lengths)
-    velocity = model(pack_latents(noise), mx.array(np.concatenate(embeds)), lengths, mx.array(0.625), rotary)
-    assert_close(velocity, expected["velocity"])
+    text = Text(mx.array(np.concatenate(embeds)), lengths, model.pos_embed(h // 2, w // 2, lengths))
+    modulator = load(Modulator, TransformerConfig, directory, "transformer")
+    modulation = Modulation(*[part[0] for part in modulator([mx.array(0.625)], mx.float32)])
+    assert_close(model(pack_latents(noise), [text], modulation)[0], expected["velocity"])
 
 
 @pytest.mark.parametrize("name", CASES)

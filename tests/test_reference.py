@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from artifacts_schema import store
 from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
 from stages.checkpoint import Checkpoint
-from stages.denoise import model_timestep
+from stages.modulation import model_timestep
 from stages.scheduler import SchedulerConfig
 
 installed = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))

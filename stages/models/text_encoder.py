@@ -95,18 +95,24 @@ class DecoderLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
+    LAYERS = "layers"
+    ROWS_ON_DISK = ("embed_tokens",)
+
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, input_ids: mx.array) -> mx.array:
-        """input_ids [B, T], no padding -> hidden states after the final norm [B, T, hidden_size]."""
-        x = self.embed_tokens(input_ids)
+    def __call__(self, texts: list[list[int]]) -> list[mx.array]:
+        """Each text's token ids -> its hidden states after the final norm, [tokens, hidden_size].
+
+        A text is computed alone, so that its result does not depend on the others, but all of them layer by layer.
+        """
+        states = [self.embed_tokens(input_ids)[None] for input_ids in texts]
         for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+            states = [layer(x) for x in states]
+        return [self.norm(x)[0] for x in states]
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -117,3 +123,8 @@ class TextEncoder(nn.Module):
             if not name.startswith(("visual.", "lm_head.")):
                 kept[name] = weight
         return kept
+
+    @staticmethod
+    def bits_of(layer: str, bits: int) -> int | None:
+        """To how many bits a layer's weights are quantized where `bits` are asked for."""
+        return bits if layer.startswith("layers.") else None

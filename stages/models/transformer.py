@@ -1,4 +1,7 @@
-"""The denoiser: diffusers' `QwenImageTransformer2DModel`, a dual-stream diffusion transformer.
+"""The denoiser: diffusers' `QwenImageTransformer2DModel`, a dual-stream diffusion transformer, as two models.
+
+A third of its parameters sees nothing but the timestep. `Modulator` is that third: it is asked once for a whole
+schedule. `QwenImageTransformer2DModel` is the rest, and takes the answers.
 
 Shapes: B images of one size, S image tokens each (a token is a 2x2 patch of latents), and the B prompts packed one
 after the other without padding: `encoder_hidden_states` is [sum(txt_seq_lens), joint_attention_dim]. Matrix products
@@ -48,6 +51,10 @@ class TransformerConfig:
         if PATCH_SIZE**2 * (self.out_channels or self.in_channels) != self.in_channels:
             raise ValueError(f"in_channels must be {PATCH_SIZE**2} x out_channels: text-to-image models only")
 
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
 
 class Rotary(NamedTuple):
     """cos and sin of one stream's angles, [tokens, 1, head_dim / 2], float32."""
@@ -66,6 +73,22 @@ class Rotary(NamedTuple):
 class ImageTextRotary(NamedTuple):
     img: Rotary
     txt: Rotary
+
+
+class Text(NamedTuple):
+    """The prompts of a batch, packed, and where they and their images stand."""
+
+    encoder_hidden_states: mx.array  # [sum(txt_seq_lens), joint_attention_dim], in the compute dtype
+    txt_seq_lens: list[int]
+    image_rotary_emb: ImageTextRotary
+
+
+class Modulation(NamedTuple):
+    """What a timestep makes of the blocks: shift, scale and gate of their attention, then of their MLP."""
+
+    img: mx.array  # [num_layers, 6 * dim]
+    txt: mx.array  # [num_layers, 6 * dim]
+    out: mx.array  # [2 * dim]: scale and shift of the last norm
 
 
 class TimestepEmbedding(nn.Module):
@@ -157,23 +180,21 @@ def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
 class QwenImageTransformerBlock(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        dim = config.num_attention_heads * config.attention_head_dim
-        self.img_mod = [nn.SiLU(), nn.Linear(dim, 6 * dim)]
-        self.txt_mod = [nn.SiLU(), nn.Linear(dim, 6 * dim)]
+        dim = config.dim
         self.attn = JointAttention(dim, config.num_attention_heads, config.attention_head_dim)
         self.img_mlp = FeedForward(dim)
         self.txt_mlp = FeedForward(dim)
 
     def __call__(
-        self, img: mx.array, txt: mx.array, txt_seq_lens: list[int], silu_temb: mx.array, rotary: ImageTextRotary
+        self, img: mx.array, txt: mx.array, img_mod: mx.array, txt_mod: mx.array, text: Text
     ) -> tuple[mx.array, mx.array]:
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod[1](silu_temb).split(6)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod[1](silu_temb).split(6)
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.split(6)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.split(6)
         img_attn, txt_attn = self.attn(
             modulated_norm(img, img_shift1, img_scale1),
             modulated_norm(txt, txt_shift1, txt_scale1),
-            txt_seq_lens,
-            rotary,
+            text.txt_seq_lens,
+            text.image_rotary_emb,
         )
         img = img + img_gate1 * img_attn
         txt = txt + txt_gate1 * txt_attn
@@ -182,49 +203,33 @@ class QwenImageTransformerBlock(nn.Module):
         return img, txt
 
 
-class AdaLayerNormContinuous(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.linear = nn.Linear(dim, 2 * dim)
-
-    def __call__(self, x: mx.array, silu_temb: mx.array) -> mx.array:
-        scale, shift = self.linear(silu_temb).split(2)  # the other way round than in the blocks
-        return modulated_norm(x, shift, scale)
-
-
 class QwenImageTransformer2DModel(nn.Module):
+    LAYERS = "transformer_blocks"
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        dim = config.num_attention_heads * config.attention_head_dim
+        dim = config.dim
         self.config = config
-        self.time_text_embed = TimeTextEmbed(dim)
         self.txt_norm = nn.RMSNorm(config.joint_attention_dim, NORM_EPS)
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
         self.transformer_blocks = [QwenImageTransformerBlock(config) for _ in range(config.num_layers)]
-        self.norm_out = AdaLayerNormContinuous(dim)
         self.proj_out = nn.Linear(dim, config.in_channels)
 
-    def __call__(
-        self,
-        hidden_states: mx.array,
-        encoder_hidden_states: mx.array,
-        txt_seq_lens: list[int],
-        timestep: mx.array,
-        image_rotary_emb: ImageTextRotary,
-    ) -> mx.array:
-        """Predicts the velocity (noise - image).
+    def __call__(self, hidden_states: mx.array, texts: list[Text], modulation: Modulation) -> list[mx.array]:
+        """Predicts the velocity (noise - image) of the same images beside each of several texts.
 
-        hidden_states [B, S, in_channels] and encoder_hidden_states [sum(txt_seq_lens), joint_attention_dim] in the
-        compute dtype; timestep: one scalar in [0, 1] for the whole batch; image_rotary_emb from `pos_embed`.
-        Returns [B, S, in_channels].
+        hidden_states [B, S, in_channels] in the compute dtype; a text that packs n x B prompts takes the images n times
+        over. Returns [n x B, S, in_channels] for each text. All of them pass one block before any passes the next.
         """
-        img = self.img_in(hidden_states)
-        txt = self.txt_in(self.txt_norm(encoder_hidden_states))
-        silu_temb = nn.silu(self.time_text_embed(timestep.astype(img.dtype), img.dtype))
-        for block in self.transformer_blocks:
-            img, txt = block(img, txt, txt_seq_lens, silu_temb, image_rotary_emb)
-        return self.proj_out(self.norm_out(img, silu_temb))
+        streams = []
+        for text in texts:
+            images = mx.concatenate([hidden_states] * (len(text.txt_seq_lens) // hidden_states.shape[0]))
+            streams.append((self.img_in(images), self.txt_in(self.txt_norm(text.encoder_hidden_states))))
+        for block, img_mod, txt_mod in zip(self.transformer_blocks, modulation.img, modulation.txt, strict=True):
+            streams = [block(img, txt, img_mod, txt_mod, text) for (img, txt), text in zip(streams, texts, strict=True)]
+        scale, shift = modulation.out.split(2)  # the other way round than in the blocks
+        return [self.proj_out(modulated_norm(img, shift, scale)) for img, _ in streams]
 
     def pos_embed(self, height: int, width: int, txt_seq_lens: list[int]) -> ImageTextRotary:
         """RoPE tables for images of height x width tokens: image positions are centred, prompts start after them."""
@@ -247,7 +252,59 @@ class QwenImageTransformer2DModel(nn.Module):
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        return weights
+        return {name: weight for name, weight in weights.items() if not Modulator.owns(name)}
+
+    @staticmethod
+    def bits_of(layer: str, bits: int) -> int | None:
+        """To how many bits a layer's weights are quantized where `bits` are asked for: those of the blocks."""
+        return bits if layer.startswith("transformer_blocks.") else None
+
+
+class BlockModulator(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.img_mod = [nn.SiLU(), nn.Linear(dim, 6 * dim)]
+        self.txt_mod = [nn.SiLU(), nn.Linear(dim, 6 * dim)]
+
+    def __call__(self, silu_tembs: list[mx.array]) -> tuple[mx.array, mx.array]:
+        img, txt = self.img_mod[1], self.txt_mod[1]
+        return mx.stack([img(temb) for temb in silu_tembs]), mx.stack([txt(temb) for temb in silu_tembs])
+
+
+class NormOut(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+
+
+class Modulator(nn.Module):
+    """The part of the transformer that sees the timestep alone."""
+
+    LAYERS = "transformer_blocks"
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.time_text_embed = TimeTextEmbed(config.dim)
+        self.transformer_blocks = [BlockModulator(config.dim) for _ in range(config.num_layers)]
+        self.norm_out = NormOut(config.dim)
+
+    def __call__(self, timesteps: list[mx.array], dtype: mx.Dtype) -> Modulation:
+        """Scalars in [0, 1] -> their modulation, with a first axis for them: img [timesteps, num_layers, 6 * dim].
+
+        Each goes through alone, as it would in its own step: the result does not depend on what else was asked for.
+        """
+        silu_tembs = [nn.silu(self.time_text_embed(timestep.astype(dtype), dtype)) for timestep in timesteps]
+        img, txt = zip(*[block(silu_tembs) for block in self.transformer_blocks], strict=True)
+        out = mx.stack([self.norm_out.linear(temb) for temb in silu_tembs])
+        return Modulation(mx.stack(img, axis=1), mx.stack(txt, axis=1), out)
+
+    @staticmethod
+    def owns(name: str) -> bool:
+        return name.startswith(("time_text_embed.", "norm_out.linear.")) or ".img_mod." in name or ".txt_mod." in name
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        return {name: weight for name, weight in weights.items() if Modulator.owns(name)}
 
 
 def pack_latents(latents: mx.array) -> mx.array:

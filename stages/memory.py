@@ -1,0 +1,168 @@
+"""How much memory a stage needs, told from configs and headers before anything is loaded, and how much there is.
+
+Estimates err on the large side: they were compared with what MLX measured (`benchmarks/memory.py`).
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from artifacts_schema.errors import UserError
+from stages.checkpoint import Tensor, has_cuda, tensors_of, weight_files
+from stages.measure import Notice
+
+if TYPE_CHECKING:
+    from stages.models.text_encoder import TextEncoderConfig
+    from stages.models.transformer import TransformerConfig
+
+PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+LAYER = re.compile(r"^(?:layers|transformer_blocks)\.(\d+)\.")
+BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
+CGROUP = Path("/sys/fs/cgroup")
+WORTH_A_LINE = 1 << 30  # bytes of weights: how small models are held needs no word
+
+
+class Weights(NamedTuple):
+    """Bytes of a component's weights."""
+
+    whole: int  # in memory
+    layers: int  # of these, in layers
+    layer: int  # the largest layer in memory
+    stored_layer: int  # and on disk, where it is read in another form than it is kept in
+    stored: int  # on disk, all of them
+
+    @property
+    def resident(self) -> int:
+        return self.whole + 2 * self.stored_layer
+
+    @property
+    def streamed(self) -> int:
+        return self.whole - self.layers + 2 * self.layer + self.stored_layer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a stage may use: a promise to keep, or what is free by now."""
+
+    size: int
+    promised: bool
+
+    def __str__(self) -> str:
+        return f"--memory {gigabytes(self.size)}" if self.promised else f"the {gigabytes(self.size)} that are free"
+
+
+def budget(limit: int | None) -> Budget:
+    """`limit` in bytes as the user gave it, or what the machine has free."""
+    return Budget(available(), False) if limit is None else Budget(limit, True)
+
+
+def available() -> int:
+    """Bytes that are free for a model: the GPU's own where it has its own, and no more than a container allows."""
+    if has_cuda():
+        import mlx.core as mx
+
+        info = mx.device_info()
+        return int(info.get("free_memory") or info.get("total_memory") or info.get("memory_size") or sys.maxsize)
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    if sys.platform == "darwin":
+        import mlx.core as mx
+
+        return min(free, int(mx.device_info()["max_recommended_working_set_size"]))
+    return min(free, _left_in_container())
+
+
+def _left_in_container() -> int:
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        pages = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # none, or "max": no limit
+        return sys.maxsize
+    return limit - used + int(pages.get("inactive_file", 0))
+
+
+def weights_of(directory: Path, model: Any, dtype: str, bits: int | None = None) -> Weights:
+    """What the weights of `model`, one of the model classes, take."""
+    on_disk = [f"{name}.weight" for name in getattr(model, "ROWS_ON_DISK", ())]
+    tensors: dict[str, Tensor] = model.sanitize(tensors_of(weight_files(directory)))
+    if bits and (quantized := [name for name in tensors if name.endswith(".scales")]):
+        raise UserError(f"{directory} is quantized already ({quantized[0]}); leave out --quantize")
+    whole = stored = 0
+    layers: dict[str, tuple[int, int]] = {}
+    for name, tensor in tensors.items():
+        if name in on_disk:
+            continue
+        size = _in_memory(name, tensor, model, dtype, bits)
+        whole, stored = whole + size, stored + tensor.size
+        if found := LAYER.match(name):
+            own, read = layers.get(found[1], (0, 0))
+            layers[found[1]] = own + size, read + (tensor.size if tensor.size != size else 0)
+    kept, read = (max(sizes) for sizes in zip(*layers.values(), strict=True)) if layers else (0, 0)
+    return Weights(whole, sum(own for own, _ in layers.values()), kept, read, stored)
+
+
+def _in_memory(name: str, tensor: Tensor, model: Any, dtype: str, bits: int | None) -> int:
+    if not tensor.dtype.startswith(("F", "BF")):  # packed
+        return tensor.size
+    count = prod(tensor.shape)
+    layer, _, kind = name.rpartition(".")
+    own_bits = model.bits_of(layer, bits) if bits and kind == "weight" and len(tensor.shape) == 2 else None
+    if own_bits:
+        return count * own_bits // 8 + 2 * DTYPE_BYTES[dtype] * count // 64
+    return count * DTYPE_BYTES[dtype]
+
+
+def text_states(config: "TextEncoderConfig", longest: int, together: int, dtype: str) -> int:
+    """Bytes of what passes through the text encoder: one text's widest point, and the states of those that wait."""
+    widest = 3 * config.intermediate_size + 8 * config.hidden_size
+    scores = 0 if _has_fused_attention() else 2 * config.num_attention_heads * longest**2
+    return DTYPE_BYTES[dtype] * (longest * widest + 2 * together * config.hidden_size + scores)
+
+
+def image_states(config: "TransformerConfig", tokens: int, waiting: int, attended: int, steps: int, dtype: str) -> int:
+    """Bytes of what passes through the transformer: `tokens` at work in a block, of which one attends to `attended`;
+    those `waiting` for it; and the table of its modulation."""
+    scores = 0 if _has_fused_attention() else 2 * config.num_attention_heads * attended**2
+    tables = 2 * steps * 12 * config.num_layers * config.dim
+    at_work = config.dim * (BLOCK_ACTIVATIONS * tokens + 2 * waiting)
+    return DTYPE_BYTES[dtype] * (at_work + scores + tables)
+
+
+def _has_fused_attention() -> bool:
+    return sys.platform == "darwin" or has_cuda()
+
+
+def streams(
+    what: str, weights: Weights, states: int, asked: bool | None, within: Budget, notice: Notice, once: bool = False
+) -> bool:
+    """Whether to stream a component's weights, as asked or as memory allows. Raises UserError beyond a promised budget.
+
+    `once` says that streaming costs nothing: the weights are needed for one pass.
+    """
+    resident, streamed = (PROCESS_BYTES + size + states for size in (weights.resident, weights.streamed))
+    stream = asked if asked is not None else once or resident > within.size
+    needs = streamed if stream else resident
+    if within.promised and needs > within.size:
+        raise UserError(
+            f"the {what} needs {gigabytes(needs)} {'streamed' if stream else 'in memory'}, more than {within}; "
+            + (f"with --stream {gigabytes(streamed)} are enough" if not stream and streamed <= within.size else
+               f"give it at least {gigabytes(streamed)}")
+        )  # fmt: skip
+    if asked is None and weights.whole >= WORTH_A_LINE:
+        if not stream:
+            notice(f"the {what} is held in memory: {gigabytes(resident)} of {within}")
+        elif not once:
+            notice(
+                f"the {what} is streamed from disk, {gigabytes(weights.stored)} a pass: in memory it would need "
+                f"{gigabytes(resident)}, more than {within}"
+            )
+    return stream
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,267 @@
+"""A component's weights: checked strictly against its model, then in memory or streamed.
+
+Everything is read lazily, by MLX itself. A layer whose arrays are exchanged for unread ones takes no memory, and its
+model stays whole and right: when weights are read and dropped again decides about memory alone, never about results.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from artifacts_schema.errors import UserError
+from stages.checkpoint import Checkpoint, Tensor, shown, tensors_of, weight_files
+from stages.measure import Report
+from stages.memory import Weights, weights_of
+
+NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # as safetensors calls them
+GROUP_SIZE = 64  # weights that share a scale and a bias
+GROUP_SIZES = (32, 64, 128)
+BITS = (2, 3, 4, 5, 6, 8)  # that MLX knows
+QUANTIZED_PARTS = ("weight", "scales", "biases")
+
+_loaded: dict["Loading", tuple[bool, Any]] = {}  # the last model, and whether it is streamed
+
+
+class Loading(NamedTuple):
+    """What is to be loaded: a component as `model(config)`, computing in `dtype`.
+
+    With `bits`, 4 or 8, the weights that the model allows are quantized to that.
+    """
+
+    checkpoint: Checkpoint
+    component: str
+    model: Any
+    config: type
+    dtype: str
+    bits: int | None = None
+
+    def was_streamed(self) -> bool:
+        """Whether this process has streamed it before."""
+        return _loaded.get(self, (False, None))[0]
+
+    def weights(self) -> Weights:
+        """What it takes in memory."""
+        return weights_of(self.checkpoint.component(self.component), self.model, self.dtype, self.bits)
+
+
+def load_model(loading: Loading, *, stream: bool = False, report: Report | None = None) -> Any:
+    """A model with its weights; streamed, or in memory.
+
+    The last one is kept: a process that is given one order after the other loads it once.
+    """
+    if _loaded.get(loading, (None, None))[0] != stream:
+        _loaded.clear()  # first: there is room for one
+        checkpoint, component, model, config, dtype, bits = loading
+        made = model(checkpoint.config(component, config))
+        directory = checkpoint.component(component)
+        load_weights(made, directory, mlx_dtype(dtype), bits=bits, stream=stream, report=report)
+        _loaded[loading] = (stream, made)
+    return _loaded[loading][1]
+
+
+def load_weights(
+    model: nn.Module,
+    directory: Path,
+    dtype: mx.Dtype,
+    *,
+    bits: int | None = None,
+    stream: bool = False,
+    report: Report | None = None,
+) -> None:
+    """Gives a model its weights in `dtype`. A missing, extra or mis-shaped tensor is an error naming it.
+
+    Weights that are stored quantized stay so; `bits` quantizes others. A model may name a list of layers, `LAYERS`:
+    these are streamed, or read one by one with a report. A table that it names in `ROWS_ON_DISK` stays on disk: of it
+    only the rows are read that are looked up.
+    """
+    files = weight_files(directory)
+
+    def unread() -> dict[str, mx.array]:
+        return _lazy(files, model, dtype, bits)
+
+    weights = unread()
+    _exchange_quantized(model, weights)
+    _check(model, weights, directory)
+    for name in getattr(model, "ROWS_ON_DISK", ()):
+        stored = model.sanitize(tensors_of(files))[f"{name}.weight"]
+        if stored.dtype not in NUMBERS:
+            raise UserError(f"{directory}: tensor {name}.weight is in {stored.dtype}, not in {', '.join(NUMBERS)}")
+        del weights[f"{name}.weight"]
+        setattr(model, name, RowsOnDisk(stored, dtype))
+    model.load_weights(list(weights.items()))
+    layers = getattr(model, "LAYERS", None)
+    if layers is None:
+        return
+    if stream:
+        setattr(model, layers, Streamed(model[layers], lambda: _by_layer(unread(), layers)))
+    else:
+        for number, layer in enumerate(ahead(model[layers]), 1):
+            del layer
+            if report:
+                report(f"read {directory.name}", number, len(model[layers]))
+
+
+class Streamed:
+    """Layers that have their weights only while they are at work, to be iterated once a pass.
+
+    What a layer returns is evaluated, so that nothing needs its weights any longer when the next one's turn comes.
+    """
+
+    def __init__(self, layers: list[nn.Module], unread: Callable[[], dict[int, dict[str, mx.array]]]) -> None:
+        self.layers, self.unread = layers, unread
+        self.after_layer: Callable[[int, int], None] = lambda done, total: None
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        unread = self.unread()
+
+        def forget(number: int) -> None:
+            self.layers[number].update(tree_unflatten(list(unread.pop(number).items())))
+
+        try:
+            for number, layer in enumerate(ahead(self.layers)):
+                yield _evaluated(layer)
+                forget(number)
+                self.after_layer(number + 1, len(self.layers))
+        finally:
+            for number in list(unread):  # where a pass broke off: also what was read ahead
+                forget(number)
+
+
+def ahead(layers: list[nn.Module]) -> Iterator[nn.Module]:
+    """Layers whose weights are read, each while the one before is at work."""
+    mx.async_eval(layers[0].parameters())
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        if following:
+            mx.async_eval(following.parameters())
+        mx.eval(layer.parameters())
+        yield layer
+
+
+def _evaluated(layer: nn.Module) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        result = layer(*arguments)
+        mx.eval(result)
+        return result
+
+    return call
+
+
+class RowsOnDisk:
+    """An embedding table of which only the rows are read that are looked up."""
+
+    def __init__(self, table: Tensor, dtype: mx.Dtype) -> None:
+        self.table, self.dtype = table, dtype
+        self.num_rows, self.dim = table.shape
+
+    def __call__(self, ids: list[int]) -> mx.array:
+        """[len(ids), dim]"""
+        stored = NUMBERS[self.table.dtype]
+        row = self.dim * stored.size
+        file = os.open(self.table.file, os.O_RDONLY)
+        try:
+            data = b"".join(os.pread(file, row, self.table.begin + row * i) for i in ids)
+        finally:
+            os.close(file)
+        return mx.array(memoryview(data)).view(stored).reshape(len(ids), self.dim).astype(self.dtype)
+
+
+def _lazy(files: list[Path], model: nn.Module, dtype: mx.Dtype, bits: int | None) -> dict[str, mx.array]:
+    """Every tensor by the model's name for it, in `dtype` or quantized, unread."""
+    reader, converter = _streams()
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        try:
+            weights.update(mx.load(str(file), stream=reader))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+    with mx.stream(converter):
+        weights = model.sanitize(weights)
+        if bits:
+            weights = quantized_weights(weights, partial(model.bits_of, bits=bits))
+        is_number = {name: mx.issubdtype(weight.dtype, mx.floating) for name, weight in weights.items()}
+        return {name: weight.astype(dtype) if is_number[name] else weight for name, weight in weights.items()}
+
+
+def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int | None]) -> dict[str, mx.array]:
+    """Exchanges `x.weight` [out, in] for packed `x.weight`, `x.scales` and `x.biases` where `bits_of(name)` says so."""
+    quantized: dict[str, mx.array] = {}
+    for name, weight in weights.items():
+        layer, _, kind = name.rpartition(".")
+        is_matrix = weight.ndim == 2 and mx.issubdtype(weight.dtype, mx.floating)
+        bits = bits_of(layer) if kind == "weight" else None
+        if bits and is_matrix and weight.shape[1] % GROUP_SIZE == 0:
+            parts = mx.quantize(weight, group_size=GROUP_SIZE, bits=bits)
+            quantized |= {f"{layer}.{part}": each for part, each in zip(QUANTIZED_PARTS, parts, strict=True)}
+        else:
+            quantized[name] = weight
+    return quantized
+
+
+def _exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
+    """Exchanges the model's layers for quantized ones where the weights are; bits and groups are told by shapes."""
+
+    def exchanged(path: str, module: nn.Module) -> nn.Module:
+        packed, scales = weights.get(f"{path}.weight"), weights.get(f"{path}.scales")
+        if not isinstance(module, nn.Linear) or packed is None or scales is None:
+            return module
+        outputs, inputs = module.weight.shape
+        bits, group_size = 32 * packed.shape[-1] / inputs, inputs / max(1, scales.shape[-1])
+        if bits not in BITS or group_size not in GROUP_SIZES:
+            raise UserError(f"tensor {path}.weight is quantized to {bits:g} bits in groups of {group_size:g}: unknown")
+        return nn.QuantizedLinear(inputs, outputs, "bias" in module, int(group_size), int(bits))
+
+    leaves = tree_map_with_path(exchanged, model.leaf_modules(), is_leaf=nn.Module.is_module)
+    model.update_modules(leaves)
+
+
+_made_streams: list[Any] = []
+
+
+def _streams() -> list[Any]:
+    """Where weights are read, and where they are made ready: not where the model computes, which goes on meanwhile."""
+    if not _made_streams:
+        reader = mx.new_stream(mx.cpu)
+        on_gpu = mx.default_device() != mx.Device(mx.cpu)
+        _made_streams.extend([reader, mx.new_stream(mx.default_device()) if on_gpu else reader])
+    return _made_streams
+
+
+def _check(model: nn.Module, weights: dict[str, mx.array], directory: Path) -> None:
+    wanted = dict(tree_flatten(model.parameters()))
+    if missing := sorted(wanted.keys() - weights.keys()):
+        raise UserError(f"{directory} lacks the tensors {shown(missing)}; download the model again")
+    if extra := sorted(weights.keys() - wanted.keys()):
+        raise UserError(f"{directory} holds tensors its config.json does not account for: {shown(extra)}")
+    for name, weight in weights.items():
+        if weight.shape != wanted[name].shape:
+            raise UserError(
+                f"{directory}: tensor {name} has the wrong shape: {weight.shape} where config.json asks for "
+                f"{wanted[name].shape}"
+            )
+
+
+def _by_layer(weights: dict[str, mx.array], layers: str) -> dict[int, dict[str, mx.array]]:
+    """`layers.3.mlp.weight` -> 3: `mlp.weight`."""
+    found: dict[int, dict[str, mx.array]] = {}
+    for name, weight in weights.items():
+        if name.startswith(f"{layers}."):
+            number, _, rest = name.removeprefix(f"{layers}.").partition(".")
+            found.setdefault(int(number), {})[rest] = weight
+    return found
+
+
+def to_safetensors(tensors: dict[str, mx.array]) -> bytes:
+    file = io.BytesIO()
+    mx.save_safetensors(file, tensors)
+    return file.getvalue()
+
+
+def mlx_dtype(name: str) -> mx.Dtype:
+    return {"bfloat16": mx.bfloat16, "float32": mx.float32}[name]

@@ -1,0 +1,274 @@
+"""Weights in memory, streamed and quantized; the tables of modulations; and how much memory that takes."""
+
+import random
+import secrets
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import random_models
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+
+from artifacts_schema import cache
+from artifacts_schema.errors import UserError
+from stages import memory
+from stages.checkpoint import Checkpoint, tensors_of, weight_files
+from stages.models.text_encoder import TextEncoder, TextEncoderConfig
+from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, Text, TransformerConfig
+from stages.modulation import Tables
+from stages.weights import RowsOnDisk, Streamed, load_weights
+
+SEED = secrets.randbelow(2**31)  # printed with every failure, as part of an assertion
+
+
+def text_encoder(directory, **options):
+    config = Checkpoint("test", directory).config("text_encoder", TextEncoderConfig)
+    model = TextEncoder(config)
+    load_weights(model, directory / "text_encoder", mx.float32, **options)
+    return model
+
+
+def transformer(directory, dtype=mx.float32, **options):
+    config = Checkpoint("test", directory).config("transformer", TransformerConfig)
+    model = QwenImageTransformer2DModel(config)
+    load_weights(model, directory / "transformer", dtype, **options)
+    return model
+
+
+def modulation(directory, sigma, dtype=mx.float32):
+    modulator = Modulator(Checkpoint("test", directory).config("transformer", TransformerConfig))
+    load_weights(modulator, directory / "transformer", dtype, stream=True)
+    return Modulation(*[part[0] for part in modulator([mx.array(sigma)], dtype)])
+
+
+def velocities(model, directory, seed, dtype=mx.float32):
+    """Of two pictures beside two packs of prompts."""
+    draw = np.random.RandomState(seed)
+    latents = mx.array(draw.standard_normal((2, 12, 64)), dtype)
+    texts = []
+    for lengths in ([3, 5], [1, 2, 7, 4]):
+        embeds = mx.array(draw.standard_normal((sum(lengths), model.config.joint_attention_dim)), dtype)
+        texts.append(Text(embeds, lengths, model.pos_embed(3, 4, lengths)))
+    return model(latents, texts, modulation(directory, 0.4, dtype))
+
+
+def same(one, other):
+    return all(mx.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_streaming_changes_no_bit(golden, dtype):
+    directory = golden("demo").checkpoint
+    draw = random.Random(SEED)
+    texts = [[draw.randrange(600) for _ in range(draw.randint(1, 30))] for _ in range(5)]
+    whole, streamed = text_encoder(directory), text_encoder(directory, stream=True)
+    alone = [whole([text])[0] for text in texts]
+    assert same(whole(texts), alone), SEED
+    assert same(streamed(texts), alone), SEED
+    assert same(streamed(texts[:2]), alone[:2]), SEED  # a second pass reads everything again
+    for bits in (None, 4, 8):
+        whole, streamed = (transformer(directory, dtype, stream=stream, bits=bits) for stream in (False, True))
+        expected = velocities(whole, directory, SEED, dtype)
+        for _ in range(2):
+            assert same(velocities(streamed, directory, SEED, dtype), expected), (SEED, bits)
+
+
+def test_streamed_layers_are_two_in_memory(tmp_path):
+    """Eight layers of 4 MB: streamed, the peak stays below three of them, pass after pass, also when one breaks off."""
+    configs = random_models.configs(text_heads=(32, 32), text_layers=8)
+    configs["text_encoder"]["text_config"]["intermediate_size"] = 1024
+    config = configs["text_encoder"]["text_config"]
+    (tmp_path / "text_encoder").mkdir()
+    shapes = {name: list(value.shape) for name, value in tree_flatten(TextEncoder(convert(config)).parameters())}
+    weights = random_models.random_weights(shapes, 0)
+    save_file({f"model.{name}": value for name, value in weights.items()}, tmp_path / "text_encoder/model.safetensors")
+    layer = sum(value.nbytes for name, value in weights.items() if name.startswith("layers.0."))
+    model = TextEncoder(convert(config))
+    load_weights(model, tmp_path / "text_encoder", mx.float32, stream=True)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(3):
+        mx.eval(model([[1, 2, 3]]))
+    for position, _ in enumerate(model.layers):
+        if position == 4:
+            break
+    mx.eval(model([[1, 2, 3]]))
+    assert mx.get_peak_memory() - before < 2.5 * layer
+    assert mx.get_active_memory() - before < 0.5 * layer
+
+
+def convert(fields):
+    return TextEncoderConfig(
+        **{name: value for name, value in fields.items() if name in TextEncoderConfig.__dataclass_fields__}
+    )
+
+
+@pytest.mark.parametrize("stored", [mx.bfloat16, mx.float16, mx.float32])
+def test_rows_come_from_the_file(tmp_path, stored):
+    table = mx.random.normal((50, 24)).astype(stored)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"before": mx.ones(3), "table": table})
+    rows = RowsOnDisk(tensors_of(weight_files(tmp_path))["table"], mx.float32)
+    ids = [0, 49, 7, 7]
+    assert mx.array_equal(rows(ids), table[mx.array(ids)].astype(mx.float32))
+
+
+def test_a_table_in_an_odd_format_is_refused(tmp_path, golden):
+    weights = load_file(golden(random_models.SMALL).checkpoint / "text_encoder/model.safetensors")
+    name = next(name for name in weights if "embed_tokens" in name)
+    weights[name] = weights[name].astype(np.int32)
+    (tmp_path / "text_encoder").mkdir()
+    save_file(weights, tmp_path / "text_encoder/model.safetensors")
+    model = TextEncoder(
+        Checkpoint("test", golden(random_models.SMALL).checkpoint).config("text_encoder", TextEncoderConfig)
+    )
+    with pytest.raises(UserError, match="in I32, not in BF16, F16, F32"):
+        load_weights(model, tmp_path / "text_encoder", mx.float32)
+
+
+def test_reading_into_memory_is_reported(golden):
+    said = []
+    text_encoder(golden("demo").checkpoint, report=lambda *what: said.append(what))
+    assert said == [("read text_encoder", number, 4) for number in range(1, 5)]
+
+
+def tables(directory, said, dtype="float32"):
+    checkpoint = Checkpoint("test", directory)
+    config = checkpoint.config("transformer", TransformerConfig)
+    return Tables(checkpoint, config, dtype, lambda *what: said.append(what), said.append)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tables_hold_what_each_step_would_compute(golden, own_cache, dtype):
+    directory = golden("demo").checkpoint
+    one, other = (1.0, 0.8, 0.3, 0.0), (1.0, 0.5, 0.0)
+    said = []
+    made = tables(directory, said, dtype)
+    made.prepare([one, other, one])
+    assert said == [("modulation", number, 5) for number in range(1, 6)]  # one pass for both
+    assert len(list((own_cache / "modulations").glob("*/*.safetensors"))) == 2
+    for sigmas in (one, other):
+        steps = tables(directory, said, dtype).of(sigmas)
+        assert len(steps) == len(sigmas) - 1
+        for sigma, step in zip(sigmas, steps, strict=False):
+            compute = {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
+            timestep = mx.array(1000 * sigma).astype(compute) / 1000
+            assert same(step, modulation(directory, timestep, compute))
+    assert len(said) == 5  # nothing was computed again
+
+
+def test_damaged_and_foreign_tables_are_made_again(golden, own_cache):
+    directory = golden("demo").checkpoint
+    sigmas, said = (1.0, 0.8, 0.0), []
+    expected = tables(directory, said).of(sigmas)
+    (path,) = (own_cache / "modulations").glob("*/*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for step, again in zip(expected, tables(directory, said).of(sigmas), strict=True):
+        assert same(step, again)
+    assert any("set aside a damaged cache entry" in str(line) for line in said)
+    assert path.read_bytes() == whole
+    entry = next(entry for entry in cache.entries() if entry.kind is cache.MODULATIONS)
+    item = cache.find(cache.MODULATIONS, entry.key, print)
+    mx.save_safetensors(str(own_cache / "other.safetensors"), {"img": mx.ones((2, 5, 768))})
+    cache.put(cache.MODULATIONS, entry.key, item, (own_cache / "other.safetensors").read_bytes())
+    for step, again in zip(expected, tables(directory, said).of(sigmas), strict=True):
+        assert same(step, again)
+
+
+def test_denoise_needs_no_cache_for_its_tables(golden, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QWEN_STAGE_CACHE", str(tmp_path / "file"))
+    directory = golden("demo").checkpoint
+    (step,) = tables(directory, []).of((0.4, 0.0))
+    assert same(step, modulation(directory, mx.array(1000 * 0.4) / 1000))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights(golden, bits):
+    """What MLX's own layer makes of the same weights; whatever the transformer holds outside its blocks stays."""
+    directory = golden("demo").checkpoint
+    whole, quantized = (dict(tree_flatten(transformer(directory, bits=b).parameters())) for b in (None, bits))
+    name = "transformer_blocks.2.attn.to_q"
+    packed, scales, biases = mx.quantize(whole[f"{name}.weight"].astype(mx.bfloat16), group_size=64, bits=bits)
+    assert mx.array_equal(quantized[f"{name}.weight"], packed)
+    assert mx.array_equal(quantized[f"{name}.scales"], scales.astype(mx.float32))
+    assert mx.array_equal(quantized[f"{name}.biases"], biases.astype(mx.float32))
+    assert mx.array_equal(quantized["img_in.weight"], whole["img_in.weight"])
+    one, other = (velocities(transformer(directory, bits=b), directory, SEED) for b in (None, bits))
+    error = mx.linalg.norm(one[0] - other[0]) / mx.linalg.norm(one[0])
+    assert 0 < error.item() < {4: 0.2, 8: 0.02}[bits], SEED
+
+
+def test_estimates_of_weights_are_what_mlx_counts(golden):
+    directory = golden("demo").checkpoint
+    for bits in (None, 4, 8):
+        for dtype, compute in (("float32", mx.float32), ("bfloat16", mx.bfloat16)):
+            told = memory.weights_of(directory / "transformer", QwenImageTransformer2DModel, dtype, bits)
+            model = transformer(directory, compute, bits=bits)
+            assert told.whole == sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+            block = model.transformer_blocks[0]
+            assert told.layer == sum(array.nbytes for _, array in tree_flatten(block.parameters()))
+    told = memory.weights_of(directory / "text_encoder", TextEncoder, "float32")
+    assert told.whole == sum(array.nbytes for _, array in tree_flatten(text_encoder(directory).parameters()))
+
+
+WEIGHTS = memory.Weights(whole=30 << 30, layers=29 << 30, layer=1 << 30, stored_layer=0, stored=30 << 30)
+
+
+@pytest.mark.parametrize(
+    ("size", "promised", "asked", "once", "streams", "words"),
+    [
+        (40 << 30, False, None, False, False, "held in memory: 33.5 GB of the 42.9 GB that are free"),
+        (20 << 30, False, None, False, True, "streamed from disk, 32.2 GB a pass: in memory it would need 33.5 GB"),
+        (40 << 30, False, None, True, True, ""),
+        (40 << 30, False, True, False, True, ""),
+        (20 << 30, False, False, False, False, ""),  # who asks for it gets it
+        (20 << 30, True, False, False, "with --stream 4.6 GB are enough", ""),
+        (4 << 30, True, None, False, "needs 4.6 GB streamed, more than --memory 4.3 GB; give it at least 4.6 GB", ""),
+        (1 << 30, False, None, False, True, "streamed from disk"),  # an estimate; it may still go well
+    ],
+)
+def test_streaming_by_memory(size, promised, asked, once, streams, words):
+    said = []
+    within = memory.Budget(size, promised)
+
+    def decide():
+        return memory.streams("transformer", WEIGHTS, 1 << 30, asked, within, said.append, once=once)
+
+    if isinstance(streams, str):
+        with pytest.raises(UserError, match=streams):
+            decide()
+    else:
+        assert decide() == streams
+        assert words in "".join(said)
+        assert bool(words) == bool(said)
+
+
+def test_a_container_has_less(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "has_cuda", lambda: False)
+    unlimited = memory.available()
+    (tmp_path / "memory.current").write_text("500000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available() > unlimited / 2
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert memory.available() == 600_000
+
+
+def test_a_budget_is_refused_before_anything_is_loaded(qwen_stage, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a")
+    for command in (
+        ["encode", "p.txt", "--out=run", f"--model={small_model}"],
+        ["denoise", "--embeddings=run", "--size=32x32"],
+    ):
+        refused = qwen_stage(*command, "--memory=10MB")
+        assert refused.code == 2
+        assert "more than --memory 10 MB; give it at least 2" in refused.err
+        assert qwen_stage(*command, "--memory=1GB").code == 0
+
+
+def test_streamed_is_kept_by_who_is_asked_once(golden):
+    assert isinstance(text_encoder(golden("demo").checkpoint, stream=True).layers, Streamed)
+    assert isinstance(text_encoder(golden("demo").checkpoint).layers, list)
