@@ -69,6 +69,26 @@ def publish_new(directory: Path, names: Iterable[str], data: bytes) -> str:
         remove(temporary)
 
 
+def bring(source: Path, target: Path) -> None:
+    """Makes `target` another name of the file `source`, or its copy on another file system. What is there stays."""
+    if target.exists():
+        return
+    temporary = target.parent / f"{TEMPORARY}{os.urandom(8).hex()}"
+    try:
+        try:
+            temporary.hardlink_to(source.resolve())
+        except OSError:  # another file system, or one without hard links
+            with source.open("rb") as original, temporary.open("xb") as copy:
+                while block := original.read(READ_BYTES):
+                    copy.write(block)
+                copy.flush()
+                sync(temporary)
+        temporary.rename(target)
+        sync(target.parent)
+    finally:
+        remove(temporary)
+
+
 def move(path: Path, target: Path) -> None:
     """Renames a file durably. After a power cut it may have both names, but never none."""
     path.rename(target)

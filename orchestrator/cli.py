@@ -392,6 +392,22 @@ def _gallery(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _models_convert(args: argparse.Namespace) -> int:
+    from stages.convert import convert
+
+    print(
+        convert(
+            args.source,
+            args.target,
+            args.quantize,
+            text_bits=args.quantize_text,
+            report=args.voice.report,
+            notice=args.voice.notice,
+        )
+    )
+    return EXIT_DONE
+
+
 def _cache_show(args: argparse.Namespace) -> int:
     from artifacts_schema import cache
 
@@ -679,6 +695,17 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("run", type=_path, metavar="RUN", help="a run, its images/, or an outbox")
     gallery.add_argument("--sheet", type=_path, metavar="PNG", help="instead, all of them in one picture")
     gallery.set_defaults(command=_gallery, debug=False)
+
+    models = commands.add_parser("models", help="checkpoints: make a smaller one")
+    actions = models.add_subparsers(required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="the same checkpoint with quantized weights")
+    add = convert.add_argument
+    add("source", type=_text, metavar="SRC", help=model_help)
+    add("target", type=_path, metavar="DST", help="where to write the whole checkpoint; an interrupted one goes on")
+    add("--quantize", type=int, choices=(4, 8), required=True, help="the transformer's blocks to so many bits")
+    add("--quantize-text", type=int, choices=(4, 8), help="the text encoder's layers as well")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    convert.set_defaults(command=_models_convert)
 
     cache = commands.add_parser("cache", help="the results that all runs share")
     actions = cache.add_subparsers(required=True, metavar="ACTION")

@@ -257,9 +257,9 @@ def _by_layer(weights: dict[str, mx.array], layers: str) -> dict[int, dict[str, 
     return found
 
 
-def to_safetensors(tensors: dict[str, mx.array]) -> bytes:
+def to_safetensors(tensors: dict[str, mx.array], metadata: dict[str, str] | None = None) -> bytes:
     file = io.BytesIO()
-    mx.save_safetensors(file, tensors)
+    mx.save_safetensors(file, tensors, metadata or {})
     return file.getvalue()
 
 

@@ -1,0 +1,179 @@
+"""A checkpoint -> the same with quantized weights: layer by layer, so that no more than one is in memory.
+
+Every layer becomes a file of its own, published whole, the index last: what was converted before an interruption is
+there, and is not converted again. A layer's modulation stays as it is: its table is made from full precision.
+"""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from artifacts_schema import disk
+from artifacts_schema.errors import UserError
+from stages.checkpoint import INDEX_SUFFIX, Checkpoint, Tensor, open_checkpoint, tensors_of, weight_files
+from stages.measure import Notice, Report
+from stages.memory import gigabytes
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|transformer_blocks)\.(\d+)\.")
+METADATA = "qwen-stage"
+NUMBER_BYTES = 2  # of a scale or a bias, at most 4; for the estimate of the disk that is needed
+
+
+class Quantization(NamedTuple):
+    """What is done to one component, as its files say it."""
+
+    component: str
+    bits: int
+    group_size: int
+    made_from: str  # the fingerprint of the original component
+
+    def metadata(self, part: int, parts: int) -> dict[str, str]:
+        said = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "made_from": self.made_from,
+            "part": f"{part}/{parts}",
+        }
+        return {"format": "mlx", METADATA: json.dumps(said)}
+
+
+def convert(
+    model: str | None, target: Path, bits: int, *, text_bits: int | None = None, report: Report, notice: Notice
+) -> Path:
+    """Writes the checkpoint `model` to `target`, the transformer's blocks quantized to `bits` (4 or 8).
+
+    With `text_bits`, the text encoder's layers as well. What stays as it is becomes a hard link, or a copy on another
+    disk. Goes on where an earlier conversion was interrupted. Raises UserError before anything is written.
+    """
+    from stages.weights import GROUP_SIZE
+
+    source = open_checkpoint(model)
+    if target.exists() and target.resolve() in (source.directory, *source.directory.parents):
+        raise UserError(f"{target} holds the original; choose another place for the converted one")
+    wanted = {"transformer": bits} | ({} if text_bits is None else {"text_encoder": text_bits})
+    components = [
+        Component(source, Quantization(name, each, GROUP_SIZE, source.fingerprint(name)), target / name)
+        for name, each in wanted.items()
+    ]
+    disk.make_directory(target)
+    others = _others(source.directory, set(wanted))
+    needed = sum(component.missing_bytes() for component in components)
+    needed += sum(path.stat().st_size for path in others if path.stat().st_dev != target.stat().st_dev)
+    if needed > (free := shutil.disk_usage(target).free):
+        raise UserError(f"{target} needs {gigabytes(needed)}, its disk has {gigabytes(free)} left")
+    try:
+        with disk.lock(target):
+            disk.sweep(target)
+            for number, path in enumerate(others, 1):
+                place = target / path.relative_to(source.directory)
+                disk.make_directory(place.parent)
+                disk.bring(path, place)
+                report("take over", number, len(others))
+            for component in components:
+                component.write(report, notice)
+    except BlockingIOError:
+        raise UserError(f"another process writes to {target}") from None
+    return target
+
+
+class Component:
+    """One component, on its way from one directory to another."""
+
+    def __init__(self, checkpoint: Checkpoint, quantization: Quantization, target: Path) -> None:
+        from stages.models.text_encoder import TextEncoder
+        from stages.models.transformer import QwenImageTransformer2DModel
+
+        models: dict[str, Any] = {"transformer": QwenImageTransformer2DModel, "text_encoder": TextEncoder}
+        self.model = models[quantization.component]
+        self.quantization, self.target = quantization, target
+        self.source = checkpoint.component(quantization.component)
+        self.files = weight_files(self.source)
+        self.tensors = tensors_of(self.files)
+        if packed := [name for name in self.tensors if name.endswith(".scales")]:
+            raise UserError(f"{self.source} is quantized already ({packed[0]}); convert the original")
+        parts: dict[int, list[str]] = defaultdict(list)
+        for name in self.tensors:
+            found = LAYER.search(name)
+            parts[int(found[1]) + 1 if found else 0].append(name)
+        self.parts = [parts[number] for number in sorted(parts)]
+        stem = "model" if quantization.component == "text_encoder" else "diffusion_pytorch_model"
+        self.stem = stem
+        self.names = [f"{stem}-{n:05d}-of-{len(self.parts):05d}.safetensors" for n in range(1, len(self.parts) + 1)]
+        ours = {name for number, name in enumerate(self.names) if self._is_there(number)}
+        if strangers := {path.name for path in target.glob("*.safetensors")} - ours:
+            raise UserError(
+                f"{target} holds {min(strangers)}, which this conversion did not write; choose another place"
+            )
+
+    def missing_bytes(self) -> int:
+        sizes = [sum(self._size(name) for name in part) for part in self.parts]
+        return sum(size for number, size in enumerate(sizes) if not self._is_there(number))
+
+    def write(self, report: Report, notice: Notice) -> None:
+        import mlx.core as mx
+
+        from stages.weights import quantized_weights, to_safetensors
+
+        disk.make_directory(self.target)
+        disk.sweep(self.target)
+        there = [number for number in range(len(self.parts)) if self._is_there(number)]
+        if there:
+            notice(f"{len(there)} of {len(self.parts)} files of {self.target} are there already")
+        unread: dict[str, mx.array] = {}
+        for file in self.files:
+            unread.update(mx.load(str(file)))
+        for number, (part, name) in enumerate(zip(self.parts, self.names, strict=True)):
+            own = {each: unread.pop(each) for each in part}
+            if number not in there:
+                quantized = quantized_weights(own, self._bits)
+                del own
+                metadata = self.quantization.metadata(number + 1, len(self.parts))
+                disk.publish(self.target, name, to_safetensors(quantized, metadata))
+                del quantized
+            report(f"convert {self.quantization.component}", number + 1, len(self.parts))
+        config = json.loads((self.source / "config.json").read_bytes())
+        config["quantization"] = {"bits": self.quantization.bits, "group_size": self.quantization.group_size}
+        disk.publish(self.target, "config.json", json.dumps(config, indent=2).encode())
+        written = tensors_of([self.target / name for name in self.names])
+        index = {
+            "metadata": {"total_size": sum(tensor.size for tensor in written.values())},
+            "weight_map": {name: tensor.file.name for name, tensor in sorted(written.items())},
+        }
+        disk.publish(self.target, f"{self.stem}{INDEX_SUFFIX}", json.dumps(index, indent=2).encode())
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a part was written by this very conversion: only whole files get their names."""
+        path = self.target / self.names[number]
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (OSError, ValueError):
+            return False
+        return header.get("__metadata__") == self.quantization.metadata(number + 1, len(self.parts))
+
+    def _bits(self, layer: str) -> int | None:
+        """By the name that a layer has in the file."""
+        for name in self.model.sanitize({f"{layer}.weight": None}):
+            bits: int | None = self.model.bits_of(name.removesuffix(".weight"), self.quantization.bits)
+            return bits
+        return None
+
+    def _size(self, name: str) -> int:
+        tensor: Tensor = self.tensors[name]
+        layer, _, kind = name.rpartition(".")
+        bits = self._bits(layer) if kind == "weight" and len(tensor.shape) == 2 else None
+        if bits is None:
+            return tensor.size
+        count = prod(tensor.shape)
+        return count * bits // 8 + 2 * NUMBER_BYTES * count // self.quantization.group_size
+
+
+def _others(source: Path, converted: set[str]) -> list[Path]:
+    """The files of a checkpoint that stay as they are."""
+    top = [path for path in source.iterdir() if path.is_file() and not path.name.startswith(".")]
+    inner = [path for path in source.glob("*/*") if path.is_file() and path.parent.name not in converted]
+    return sorted([*top, *inner])
