@@ -71,7 +71,8 @@ def test_vae_decoder(golden, name):
 def test_vae_attention_in_chunks_of_queries(golden, monkeypatch):
     """Large pictures attend to their pixels chunk by chunk; the result is the same."""
     case, expected, directory = golden(RANDOM_CASES[0])
-    monkeypatch.setattr("stages.models.vae.ATTENTION_QUERIES", 7)
+    h, w = case["grid"]
+    monkeypatch.setattr("stages.models.vae.SCORE_BYTES", 7 * 4 * h * w)  # seven queries
     vae = load(AutoencoderKLQwenImage, VAEConfig, directory, "vae")
     z = mx.array(random_models.noise(1, *case["grid"], case["seed"] + 1000))
     assert_close(vae.decode(z)[0].transpose(2, 0, 1), expected["decoded"])

@@ -5,13 +5,20 @@ others see the zero padding before it. So 2-D convolutions with that slice are e
 Everything is channels-last, [B, H, W, C].
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from stages.models import tiles
+from stages.models.tiles import Local, Tile
+
 RMS_EPS = 1e-24  # the reference normalizes by max(norm, 1e-12); this only guards the all-zero vector
-ATTENTION_QUERIES = 4096  # queries at a time in the middle attention, whose score matrix grows with pixels squared
+SCORE_BYTES = (
+    64 << 20
+)  # of the middle attention's scores at a time; they grow with pixels squared, to 275 GB at 4096x4096
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
+    REACH = 2  # pixels, one for each convolution
+
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.norm1 = RMSNorm(in_dim)
@@ -73,13 +82,28 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        b, h, w, dim = x.shape
-        q, k, v = self.to_qkv(self.norm(x)).reshape(b, 1, h * w, 3 * dim).split(3, axis=-1)
-        attended = [
-            mx.fast.scaled_dot_product_attention(q[:, :, i : i + ATTENTION_QUERIES], k, v, scale=dim**-0.5)
-            for i in range(0, h * w, ATTENTION_QUERIES)
-        ]
-        return x + self.proj(mx.concatenate(attended, axis=2).reshape(b, h, w, dim))
+        """[B, H, W, C] -> the same, computed now: at its peak four times as large as x, and the scores."""
+        shape, dim = x.shape, x.shape[-1]
+        x = x.flatten(1, 2)
+        to_q, to_k, to_v = zip(self.to_qkv.weight.split(3), self.to_qkv.bias.split(3), strict=True)
+        normed = self.norm(x)
+        k, v = _linear(normed, *to_k), _linear(normed, *to_v)
+        mx.eval(k, v)
+        del normed
+        queries = max(1, SCORE_BYTES // (x.shape[0] * x.shape[1] * x.itemsize))
+        chunks = []
+        for chunk in mx.split(x, range(queries, x.shape[1], queries), axis=1):
+            q = _linear(self.norm(chunk), *to_q)
+            # no fused kernel takes heads this wide, so the scores of a chunk become an array
+            attended = mx.fast.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=dim**-0.5)
+            chunks.append(chunk + self.proj(attended[:, 0]))
+            mx.eval(chunks[-1])
+        del k, v
+        return mx.concatenate(chunks, axis=1).reshape(shape)
+
+
+def _linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    return mx.addmm(bias, x, weight.T)
 
 
 class MidBlock(nn.Module):
@@ -88,12 +112,11 @@ class MidBlock(nn.Module):
         self.resnets = [ResidualBlock(dim, dim), ResidualBlock(dim, dim)]
         self.attentions = [AttentionBlock(dim)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
 
 class Upsample(nn.Module):
     """Doubles height and width (nearest), halves the channels."""
+
+    REACH, SCALE = 1, 2
 
     def __init__(self, dim: int):
         super().__init__()
@@ -111,10 +134,11 @@ class UpBlock(nn.Module):
         self.resnets = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1)]
         self.upsamplers = [Upsample(out_dim)] if upsample else []
 
-    def __call__(self, x: mx.array) -> mx.array:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return self.upsamplers[0](x) if self.upsamplers else x
+    def layers(self) -> list[Local]:
+        return [
+            *(Local(resnet, ResidualBlock.REACH) for resnet in self.resnets),
+            *(Local(upsampler, Upsample.REACH, Upsample.SCALE) for upsampler in self.upsamplers),
+        ]
 
 
 class Decoder(nn.Module):
@@ -132,10 +156,24 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = nn.Conv2d(dims[-1], config.input_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(x))
+    def __call__(self, x: mx.array, edge: int) -> Iterator[tuple[Tile, mx.array]]:
+        """Latents [B, h, w, C] -> RGB [B, 8h, 8w, 3], in tiles of edge x edge latents.
+
+        All is local except the attention in the middle, which sees every latent; it is on the smallest grid.
+        """
+        first, last = self.mid_block.resnets
+        below = [Local(self.conv_in, 1), Local(first, ResidualBlock.REACH)]
+        above = [Local(last, ResidualBlock.REACH)]
         for block in self.up_blocks:
-            x = block(x)
+            above += block.layers()
+        above.append(Local(self._rgb, 1))
+
+        x = self.mid_block.attentions[0](tiles.whole(below, x, edge))
+        scale = prod(layer.scale for layer in above)
+        for tile in tiles.grid(x.shape[1] * scale, x.shape[2] * scale, edge * scale):
+            yield tile, tiles.part(above, x, tile)
+
+    def _rgb(self, x: mx.array) -> mx.array:
         return self.conv_out(nn.silu(self.norm_out(x)))
 
 
@@ -148,9 +186,19 @@ class AutoencoderKLQwenImage(nn.Module):
 
     def decode(self, latents: mx.array) -> mx.array:
         """Normalized latents [B, C, h, w], float32 -> RGB in [-1, 1], [B, 8h, 8w, 3], in the weights' dtype."""
+        edge = max(latents.shape[2:]) * self.config.vae_scale_factor
+        ((_, rgb),) = self.decode_tiles(latents, edge)
+        return rgb
+
+    def decode_tiles(self, latents: mx.array, edge: int) -> Iterator[tuple[Tile, mx.array]]:
+        """The same in tiles of edge x edge pixels, each with its place, as if cut from the whole.
+
+        `edge` is a multiple of vae_scale_factor. It bounds the memory, up to that of the middle attention.
+        """
         std, mean = (mx.array(values)[:, None, None] for values in (self.config.latents_std, self.config.latents_mean))
         z = (latents * std + mean).transpose(0, 2, 3, 1).astype(self.post_quant_conv.weight.dtype)
-        return mx.clip(self.decoder(self.post_quant_conv(z)), -1.0, 1.0)
+        for tile, rgb in self.decoder(self.post_quant_conv(z), edge // self.config.vae_scale_factor):
+            yield tile, mx.clip(rgb, -1.0, 1.0)
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
