@@ -2,8 +2,9 @@
 
 import io
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 CODE_VERSION = 1  # raised whenever the same latents would give other pixels
 DEFAULT_DTYPE: Dtype = "float32"  # also on GPUs: the VAE is small, and rounding shows in flat areas
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TILE = 512  # pixels: the edge of what is decoded at a time; at half of it the halos would cost a quarter more
+SMALLEST_TILE = 64  # pixels: below, the halos are many times the tile
+CACHE_BYTES = 256 << 20  # of freed memory that MLX may keep: a few layers of a tile, each as large as the next
 SLUG_LENGTH = 40  # characters of the prompt in a file name
 
 
@@ -45,19 +49,23 @@ def decode(
     items: frozenset[str] | None = None,
     dtype: str | None = None,
     budget: int | None = None,
+    tile: int | None = None,
     report: Report,
     notice: Notice,
 ) -> tuple[list[Path], list[str]]:
     """Decodes every item of a latents artifact, or those whose keys are `items`, that has no picture yet.
 
+    No more than `tile` x `tile` pixels are decoded at a time, which bounds the memory and changes no picture.
     Returns the pictures of all those items and what failed, a line each. Raises UserError when all fail.
     """
     cache_limit = cache.limit()
-    dtype = dtype or DEFAULT_DTYPE
+    dtype, tile = dtype or DEFAULT_DTYPE, TILE if tile is None else tile
     source = store.find(latents, LatentsManifest)
     manifest, manifest_id = store.read_manifest(source, LatentsManifest)
     checkpoint = open_checkpoint(model or manifest.model.name)
     checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
+    if tile < SMALLEST_TILE or tile % checkpoint.vae_scale_factor:
+        raise UserError(f"--tile {tile}: must be a multiple of {checkpoint.vae_scale_factor}, at least {SMALLEST_TILE}")
     if unknown := (items or frozenset()) - {item.key for item in manifest.items}:
         raise UserError(f"{source} holds no latents {min(unknown)!r}; `qwen-stage inspect --json` lists their keys")
 
@@ -76,20 +84,23 @@ def decode(
         if errors and len(errors) == len(images.wanted):
             raise errors[0]
         if todo:
+            import mlx.core as mx
+
             from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
             from stages.weights import Loading, load_model
 
-            report("decode", 0, len(todo))
+            mx.set_cache_limit(CACHE_BYTES)
+            tiles_done, tiles = count(1), sum(_tiles(images.wanted[key], tile) for key in todo)
+            report("decode", 0, tiles)
             fit = Fit.of(checkpoint)
             vae = load_model(Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype))
-        for number, key in enumerate(todo, 1):
+        for key in todo:
             watch = Stopwatch()
             normalized = store.read_latents(source, images.wanted[key])
-            pixels = _pixels(vae, normalized)
+            pixels = _pixels(vae, normalized, tile, lambda: report("decode", next(tiles_done), tiles))
             fit.add(normalized, pixels)
             images.add(key, _png(pixels, images.recipe(key)), watch)
             images.publish()  # after every picture, so that an interruption loses none
-            report("decode", number, len(todo))
     if todo:
         fit.store()
         cache.trim(cache_limit)
@@ -174,7 +185,7 @@ class Images:
 
 
 def _key(item: LatentsItem, checkpoint: Checkpoint, dtype: str) -> str:
-    vae = checkpoint.fingerprint("vae")
+    vae = checkpoint.fingerprint("vae")  # not the size of the tiles, which changes nothing
     return keys.key({"latents": item.key, "vae": vae, "dtype": dtype, "code": CODE_VERSION})
 
 
@@ -188,13 +199,23 @@ def _check_png(data: bytes) -> None:
         raise ValueError("not a PNG")
 
 
-def _pixels(vae: "AutoencoderKLQwenImage", latents: "np.ndarray") -> "np.ndarray":
-    """Latents [C, h, w] -> uint8 [H, W, 3], contiguous."""
+def _tiles(item: LatentsItem, edge: int) -> int:
+    return ceil(item.height / edge) * ceil(item.width / edge)
+
+
+def _pixels(
+    vae: "AutoencoderKLQwenImage", latents: "np.ndarray", edge: int, tile_done: Callable[[], None]
+) -> "np.ndarray":
+    """Latents [C, h, w] -> uint8 [H, W, 3], contiguous. In floats there is never more of it than a tile."""
     import mlx.core as mx
     import numpy as np
 
-    rgb = vae.decode(mx.array(latents)[None])[0].astype(mx.float32)
-    return np.array(mx.contiguous(mx.round((rgb * 0.5 + 0.5) * 255).astype(mx.uint8)))
+    _, h, w = latents.shape
+    pixels = np.empty((h * vae.config.vae_scale_factor, w * vae.config.vae_scale_factor, 3), np.uint8)
+    for tile, rgb in vae.decode_tiles(mx.array(latents)[None], edge):
+        pixels[tile] = np.array(mx.round((rgb[0].astype(mx.float32) * 0.5 + 0.5) * 255).astype(mx.uint8))
+        tile_done()
+    return pixels
 
 
 def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
