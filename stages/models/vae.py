@@ -114,7 +114,11 @@ class MidBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width (nearest), halves the channels."""
+    """Doubles height and width (nearest), then a 3x3 convolution that halves the channels.
+
+    Of the 3x3 pixels that the convolution would see after doubling, only 2x2 differ: which, is up to whether a row and
+    a column are even or odd. So it is four 2x2 convolutions before doubling, at 4/9 of the arithmetic.
+    """
 
     REACH, SCALE = 1, 2
 
@@ -123,9 +127,19 @@ class Upsample(nn.Module):
         self.resample = [nn.Identity(), nn.Conv2d(dim, dim // 2, 3, padding=1)]
 
     def __call__(self, x: mx.array) -> mx.array:
-        b, h, w, c = x.shape
-        doubled = mx.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return self.resample[1](doubled)
+        b, h, w, _ = x.shape
+        conv = self.resample[1]
+        kernels = [kernel for rows in _halves(conv.weight, axis=1) for kernel in _halves(rows, axis=2)]
+        made = mx.conv2d(x, mx.concatenate(kernels), padding=1).reshape(b, h + 1, w + 1, 2, 2, -1)
+        quarters = [made[:, i : i + h, j : j + w, i, j] for i in (0, 1) for j in (0, 1)]  # odd rows begin one later
+        doubled = mx.stack(quarters, axis=3).reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
+        return doubled + conv.bias
+
+
+def _halves(kernel: mx.array, axis: int) -> list[mx.array]:
+    """Of a 3-tap kernel over doubled pixels, the two 2-tap kernels over the pixels themselves: for even, for odd."""
+    before, here, after = kernel.split(3, axis)
+    return [mx.concatenate([before, here + after], axis), mx.concatenate([before + here, after], axis)]
 
 
 class UpBlock(nn.Module):
