@@ -69,6 +69,7 @@ class ResidualBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         h = self.conv1(nn.silu(self.norm1(x)))
+        mx.eval(h)  # on CPUs a convolution unfolds its input to nine times the size: one at a time
         return self.conv_shortcut(x) + self.conv2(nn.silu(self.norm2(h)))
 
 
@@ -87,6 +88,7 @@ class AttentionBlock(nn.Module):
         x = x.flatten(1, 2)
         to_q, to_k, to_v = zip(self.to_qkv.weight.split(3), self.to_qkv.bias.split(3), strict=True)
         normed = self.norm(x)
+        mx.eval(normed)
         k, v = _linear(normed, *to_k), _linear(normed, *to_v)
         mx.eval(k, v)
         del normed
