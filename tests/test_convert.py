@@ -1,7 +1,6 @@
 """`qwen-stage models convert`: the same checkpoint, smaller."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
