@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import full_size
+import mlx.core as mx
 import numpy as np
 
 from artifacts_schema import arrays, keys, store
 from artifacts_schema.manifests import Cost, LatentsItem, LatentsManifest
-from stages import memory
 from stages.checkpoint import open_checkpoint, weight_files
 from stages.models.transformer import QwenImageTransformer2DModel
+from stages.weights import weights_of
 
 GIB = 1 << 30
 WORDS = ["a", "small", "red", "circle", "above", "a", "large", "blue", "square", "on", "a", "white", "background"]
@@ -94,7 +95,7 @@ class Bench:
         mlx_peak, process_peak, note = cost["mlx_peak"], cost["process_peak"], ""
         missing = full_size.TRANSFORMER["num_layers"] - self.args.blocks
         if missing and not streamed:
-            weights = memory.weights_of(self.model / "transformer", QwenImageTransformer2DModel, "bfloat16", bits)
+            weights = weights_of(self.model / "transformer", QwenImageTransformer2DModel, mx.bfloat16, bits)
             note = f"; +{missing * weights.layer / GIB:.1f} GiB extrapolated"
             mlx_peak, process_peak = (peak + missing * weights.layer for peak in (mlx_peak, process_peak))
         each = cost["seconds"] / self.args.steps

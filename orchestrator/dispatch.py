@@ -29,8 +29,7 @@ GIVE_SECONDS = 1.0  # between two looks for what may be given, where nothing hap
 LOG_SECONDS = 30.0  # between two lines on the same picture, where there is no terminal
 TURN_SHARE = 10  # a stage's turn lasts so many times what loading its model took
 SHORTEST_TURN_SECONDS = 2.0
-DECODE_BYTES_PER_PIXEL = 10_000  # a float32 decode of 1024x1024 peaks at 7 GB
-VAE_BYTES = 1 << 30
+DECODE_BYTES = 3 << 30  # what decoding takes, of pictures up to 4096x4096, and some more
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -214,7 +213,7 @@ class Dispatcher:
         self.not_before = {id: time for id, time in self.not_before.items() if time > now}
         works = [work for id, work in self.works.items() if id not in self.not_before and id not in self.absent]
         stages = [stage for stage in slot.stages if all(stage != other.stage for other in self.slots if other != slot)]
-        if slot != self.slots[0] and not self._may_overlap(works):
+        if slot != self.slots[0] and not self._may_overlap():
             return None
         return plan.choose(works, stages, slot.loaded if slot.worker else None, slot.is_turn_over())
 
@@ -228,14 +227,13 @@ class Dispatcher:
                     return True
         return False
 
-    def _may_overlap(self, works: list[Work]) -> bool:
+    def _may_overlap(self) -> bool:
         main = self.slots[0]
         if main.stage != "denoise" or main.order is None:
             return False
         if self.terms.overlap is None:
-            pixels = max((work.pixels for work in works if "decode" in work.next), default=0)
             beside = self.slots[1].worker is not None  # then it has its memory
-            return beside or _available_memory() > VAE_BYTES + DECODE_BYTES_PER_PIXEL * pixels
+            return beside or _available_memory() > DECODE_BYTES
         return self.terms.overlap
 
     def _has_space(self) -> bool:

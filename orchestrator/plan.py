@@ -32,7 +32,6 @@ class Work(NamedTuple):
     denoised: int
     done: int  # pictures that are there
     wanted: int  # pictures there will be; 0: not known before they are encoded
-    pixels: int  # of the largest of them
     loads: dict[str, Loads]  # by stage
     next: dict[str, tuple[Any, ...]]  # encode: (); denoise: `Wanted`; decode: keys of latents
     served: dict[str, int]  # ns since the epoch
@@ -73,7 +72,7 @@ def look(jobs: Jobs, job: Job, now: float) -> Work | Ended:
         "decode": (job.model, str(job.decode_dtype))
     }
     if len(items) < len(asked):
-        return Work(job.id, job.run, job.priority, 0, 0, 0, 0, loads, {"encode": ()}, _served(run))
+        return Work(job.id, job.run, job.priority, 0, 0, 0, loads, {"encode": ()}, _served(run))
     if not to_denoise and not to_decode:
         if not any(given_up.values()):
             return Ended(job=job, outcome="done", at=now, pictures=done)
@@ -85,8 +84,7 @@ def look(jobs: Jobs, job: Job, now: float) -> Work | Ended:
         following["denoise"] = tuple(to_denoise[: AT_ONCE["denoise"]])
     if to_decode:
         following["decode"] = tuple(to_decode[: AT_ONCE["decode"]])
-    pixels = max(each.width * each.height for each in wanted)
-    return Work(job.id, job.run, job.priority, len(made), done, len(wanted), pixels, loads, following, _served(run))
+    return Work(job.id, job.run, job.priority, len(made), done, len(wanted), loads, following, _served(run))
 
 
 def choose(

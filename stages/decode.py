@@ -23,6 +23,7 @@ from artifacts_schema.manifests import (
     Model,
     Recipe,
 )
+from stages import memory
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.preview import Fit
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 
     from stages.models.vae import AutoencoderKLQwenImage
 
-CODE_VERSION = 1  # raised whenever the same latents would give other pixels
+CODE_VERSION = 2  # raised whenever the same latents would give other pixels
 DEFAULT_DTYPE: Dtype = "float32"  # also on GPUs: the VAE is small, and rounding shows in flat areas
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TILE = 512  # pixels, the edge of what is decoded at a time: halos add 23% to the arithmetic; with 256 they add 50%
+# pixels, the edge of what is decoded at a time: halos add 23% to the arithmetic; with 256 they add 50%
+TILES = (512, 256, 128)
 SMALLEST_TILE = 64  # pixels: here the halos are three quarters of the arithmetic already
 CACHE_BYTES = 256 << 20  # of freed memory that MLX may keep for reuse: two layers of such a tile at full resolution
 SLUG_LENGTH = 40  # characters of the prompt in a file name
@@ -59,12 +61,12 @@ def decode(
     Returns the pictures of all those items and what failed, a line each. Raises UserError when all fail.
     """
     cache_limit = cache.limit()
-    dtype, tile = dtype or DEFAULT_DTYPE, TILE if tile is None else tile
+    dtype = dtype or DEFAULT_DTYPE
     source = store.find(latents, LatentsManifest)
     manifest, manifest_id = store.read_manifest(source, LatentsManifest)
     checkpoint = open_checkpoint(model or manifest.model.name)
     checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
-    if tile < SMALLEST_TILE or tile % checkpoint.vae_scale_factor:
+    if tile is not None and (tile < SMALLEST_TILE or tile % checkpoint.vae_scale_factor):
         raise UserError(f"--tile {tile}: must be a multiple of {checkpoint.vae_scale_factor}, at least {SMALLEST_TILE}")
     if unknown := (items or frozenset()) - {item.key for item in manifest.items}:
         raise UserError(f"{source} holds no latents {min(unknown)!r}; `qwen-stage inspect --json` lists their keys")
@@ -90,14 +92,22 @@ def decode(
             from stages.weights import Loading, load_model
 
             mx.set_cache_limit(CACHE_BYTES)
-            tiles_done, tiles = count(1), sum(_tiles(images.wanted[key], tile) for key in todo)
+            loading = Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype)
+            config, within = checkpoint.config("vae", VAEConfig), memory.budget(budget)
+            sizes = {(images.wanted[key].height, images.wanted[key].width) for key in todo}
+            states = {
+                edge: max(memory.picture_states(config, *size, edge, dtype) for size in sizes)
+                for edge in (*TILES, *([tile] if tile else []))
+            }
+            edge = memory.tile(loading.weights(), states, tile, within)
+            tiles_done, tiles = count(1), sum(_tiles(images.wanted[key], edge) for key in todo)
             report("decode", 0, tiles)
             fit = Fit.of(checkpoint)
-            vae = load_model(Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype))
+            vae = load_model(loading)
         for key in todo:
             watch = Stopwatch()
             normalized = store.read_latents(source, images.wanted[key])
-            pixels = _pixels(vae, normalized, tile, lambda: report("decode", next(tiles_done), tiles))
+            pixels = _pixels(vae, normalized, edge, lambda: report("decode", next(tiles_done), tiles))
             fit.add(normalized, pixels)
             images.add(key, _png(pixels, images.recipe(key)), watch)
             images.publish()  # after every picture, so that an interruption loses none

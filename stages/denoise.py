@@ -140,14 +140,16 @@ def denoise(
         prompts = _load_embeddings(source, manifest, todo, config)
         batches = [(_sigmas(schedule, group[0]), group) for group in _batches(todo, batch)]
         loading = Loading(checkpoint, "transformer", QwenImageTransformer2DModel, TransformerConfig, compute, bits)
-        states = max(_states(group, prompts, config, batch_guidance, compute) for _, group in batches)
-        stream = memory.streams("transformer", loading.weights(), states, stream, memory.budget(budget), notice)
+        states = [_states(group, prompts, config, batch_guidance, compute) for _, group in batches]
+        weights = loading.weights()
+        stream = memory.streams("transformer", weights, max(states), stream, memory.budget(budget), notice)
         tables = Tables(checkpoint, config, compute, report, notice)
         tables.prepare([sigmas for sigmas, _ in batches])
         transformer = load_model(loading, stream=stream, report=report)
         live = Preview.of(preview, checkpoint) if preview else None
         failures, begun = [], 0
-        for sigmas, group in batches:
+        for (sigmas, group), own_states in zip(batches, states, strict=True):
+            memory.bound(own_states + (weights.streamed if stream else 0))
             watch = Stopwatch()
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"

@@ -3,25 +3,26 @@
 Estimates err on the large side: they were compared with what MLX measured (`benchmarks/memory.py`).
 """
 
-import re
 import sys
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from artifacts_schema.errors import UserError
-from stages.checkpoint import Tensor, has_cuda, tensors_of, weight_files
+from stages.checkpoint import has_cuda
 from stages.measure import Notice
 
 if TYPE_CHECKING:
     from stages.models.text_encoder import TextEncoderConfig
     from stages.models.transformer import TransformerConfig
+    from stages.models.vae import VAEConfig
 
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-LAYER = re.compile(r"^(?:layers|transformer_blocks)\.(\d+)\.")
+BLOCKS_AT_ONCE = 2  # fewer would keep a GPU waiting
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
+ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
+TILE_ACTIVATIONS = 18  # numbers for each of a tile's pixels and channels, halo included: a convolution's unfolded input
 CGROUP = Path("/sys/fs/cgroup")
 WORTH_A_LINE = 1 << 30  # bytes of weights: how small models are held needs no word
 
@@ -86,37 +87,6 @@ def _left_in_container() -> int:
     return limit - used + int(pages.get("inactive_file", 0))
 
 
-def weights_of(directory: Path, model: Any, dtype: str, bits: int | None = None) -> Weights:
-    """What the weights of `model`, one of the model classes, take."""
-    on_disk = [f"{name}.weight" for name in getattr(model, "ROWS_ON_DISK", ())]
-    tensors: dict[str, Tensor] = model.sanitize(tensors_of(weight_files(directory)))
-    if bits and (quantized := [name for name in tensors if name.endswith(".scales")]):
-        raise UserError(f"{directory} is quantized already ({quantized[0]}); leave out --quantize")
-    whole = stored = 0
-    layers: dict[str, tuple[int, int]] = {}
-    for name, tensor in tensors.items():
-        if name in on_disk:
-            continue
-        size = _in_memory(name, tensor, model, dtype, bits)
-        whole, stored = whole + size, stored + tensor.size
-        if found := LAYER.match(name):
-            own, read = layers.get(found[1], (0, 0))
-            layers[found[1]] = own + size, read + (tensor.size if tensor.size != size else 0)
-    kept, read = (max(sizes) for sizes in zip(*layers.values(), strict=True)) if layers else (0, 0)
-    return Weights(whole, sum(own for own, _ in layers.values()), kept, read, stored)
-
-
-def _in_memory(name: str, tensor: Tensor, model: Any, dtype: str, bits: int | None) -> int:
-    if not tensor.dtype.startswith(("F", "BF")):  # packed
-        return tensor.size
-    count = prod(tensor.shape)
-    layer, _, kind = name.rpartition(".")
-    own_bits = model.bits_of(layer, bits) if bits and kind == "weight" and len(tensor.shape) == 2 else None
-    if own_bits:
-        return count * own_bits // 8 + 2 * DTYPE_BYTES[dtype] * count // 64
-    return count * DTYPE_BYTES[dtype]
-
-
 def text_states(config: "TextEncoderConfig", longest: int, together: int, dtype: str) -> int:
     """Bytes of what passes through the text encoder: one text's widest point, and the states of those that wait."""
     widest = 3 * config.intermediate_size + 8 * config.hidden_size
@@ -129,8 +99,43 @@ def image_states(config: "TransformerConfig", tokens: int, waiting: int, attende
     those `waiting` for it; and the table of its modulation."""
     scores = 0 if _has_fused_attention() else 2 * config.num_attention_heads * attended**2
     tables = 2 * steps * 12 * config.num_layers * config.dim
-    at_work = config.dim * (BLOCK_ACTIVATIONS * tokens + 2 * waiting)
-    return DTYPE_BYTES[dtype] * (at_work + scores + tables)
+    at_work = config.dim * (BLOCK_ACTIVATIONS * tokens + 2 * waiting) + scores
+    return DTYPE_BYTES[dtype] * (BLOCKS_AT_ONCE * at_work + tables)
+
+
+def picture_states(config: "VAEConfig", height: int, width: int, edge: int, dtype: str) -> int:
+    """Bytes that decoding a picture in tiles of edge x edge pixels takes, beside the weights."""
+    factor, dims = config.vae_scale_factor, config.base_dim * config.dim_mult[-1]
+    attention = ATTENTION_COPIES * dims * (height // factor) * (width // factor)
+    tile = TILE_ACTIVATIONS * config.base_dim * min(edge, height) * min(edge, width)
+    return int(DTYPE_BYTES[dtype] * max(attention, tile)) + 3 * height * width
+
+
+def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Budget) -> int:
+    """The edge of the tiles to decode in: as asked, or the largest that fits. UserError beyond a promised budget.
+
+    `states` are the bytes that the tiles take, by their edges.
+    """
+    needs = {edge: PROCESS_BYTES + weights.resident + each for edge, each in states.items()}
+    fitting = [edge for edge in needs if needs[edge] <= within.size]
+    edge = asked or max(fitting, default=min(needs))
+    if within.promised and needs[edge] > within.size:
+        smaller = f"; --tile {max(fitting)} needs less" if fitting else ""
+        raise UserError(
+            f"decoding in tiles of {edge} needs {gigabytes(needs[edge])}, more than {within}"
+            + (smaller or f"; give it at least {gigabytes(min(needs.values()))}")
+        )
+    return edge
+
+
+def bound(states: int) -> None:
+    """Makes MLX wait for the GPU rather than allocate more than this beside what is in memory by now.
+
+    A GPU lags behind: what it has not computed yet takes memory as well, 10 GB and more if nothing holds it back.
+    """
+    import mlx.core as mx
+
+    mx.set_memory_limit(mx.get_active_memory() + states)
 
 
 def _has_fused_attention() -> bool:

@@ -16,9 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from artifacts_schema.errors import UserError
-from stages.checkpoint import Checkpoint, Tensor, shown, tensors_of, weight_files
+from stages.checkpoint import Checkpoint, Tensor, has_cuda, shown, tensors_of, weight_files
 from stages.measure import Report
-from stages.memory import Weights, weights_of
+from stages.memory import Weights
 
 NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # as safetensors calls them
 GROUP_SIZE = 64  # weights that share a scale and a bias
@@ -48,7 +48,8 @@ class Loading(NamedTuple):
 
     def weights(self) -> Weights:
         """What it takes in memory."""
-        return weights_of(self.checkpoint.component(self.component), self.model, self.dtype, self.bits)
+        directory = self.checkpoint.component(self.component)
+        return weights_of(directory, self.model, mlx_dtype(self.dtype), self.bits)
 
 
 def load_model(loading: Loading, *, stream: bool = False, report: Report | None = None) -> Any:
@@ -64,6 +65,32 @@ def load_model(loading: Loading, *, stream: bool = False, report: Report | None 
         load_weights(made, directory, mlx_dtype(dtype), bits=bits, stream=stream, report=report)
         _loaded[loading] = (stream, made)
     return _loaded[loading][1]
+
+
+def weights_of(directory: Path, model: Any, dtype: mx.Dtype, bits: int | None = None) -> Weights:
+    """What the weights of `model`, one of the model classes, will take. Reads no more than the files' headers."""
+    files = weight_files(directory)
+    stored, kept = (_lazy(files, model, *form) for form in ((None, None), (dtype, bits)))
+    if bits and (quantized := [name for name in stored if name.endswith(".scales")]):
+        raise UserError(f"{directory} is quantized already ({quantized[0]}); leave out --quantize")
+    for name in getattr(model, "ROWS_ON_DISK", ()):
+        del stored[f"{name}.weight"], kept[f"{name}.weight"]
+
+    def size(weights: dict[str, mx.array]) -> int:
+        return sum(weight.nbytes for weight in weights.values())
+
+    layers = getattr(model, "LAYERS", "")
+    layer_sizes = [
+        (size(own), size(read))
+        for own, read in zip(*[_by_layer(w, layers).values() for w in (kept, stored)], strict=True)
+    ]
+    return Weights(
+        whole=size(kept),
+        layers=sum(own for own, _ in layer_sizes),
+        layer=max((own for own, _ in layer_sizes), default=0),
+        stored_layer=max((read for own, read in layer_sizes if own != read), default=0),
+        stored=size(stored),
+    )
 
 
 def load_weights(
@@ -136,12 +163,20 @@ class Streamed:
 
 def ahead(layers: list[nn.Module]) -> Iterator[nn.Module]:
     """Layers whose weights are read, each while the one before is at work."""
-    mx.async_eval(layers[0].parameters())
+    _begin_to_read(layers[0])
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if following:
-            mx.async_eval(following.parameters())
+            _begin_to_read(following)
         mx.eval(layer.parameters())
         yield layer
+
+
+def _begin_to_read(layer: nn.Module) -> None:
+    arrays = [array for _, array in tree_flatten(layer.parameters())]
+    mx.async_eval(arrays)
+    if has_cuda():  # what the CPU has read moves to the GPU when it is first touched: now, not when the layer needs it
+        _, converter = _streams()
+        mx.async_eval([mx.max(array, stream=converter) for array in arrays])
 
 
 def _evaluated(layer: nn.Module) -> Callable[..., Any]:
@@ -172,8 +207,8 @@ class RowsOnDisk:
         return mx.array(memoryview(data)).view(stored).reshape(len(ids), self.dim).astype(self.dtype)
 
 
-def _lazy(files: list[Path], model: nn.Module, dtype: mx.Dtype, bits: int | None) -> dict[str, mx.array]:
-    """Every tensor by the model's name for it, in `dtype` or quantized, unread."""
+def _lazy(files: list[Path], model: Any, dtype: mx.Dtype | None, bits: int | None) -> dict[str, mx.array]:
+    """Every tensor by the model's name for it, unread; in `dtype` or quantized, or as it is stored."""
     reader, converter = _streams()
     weights: dict[str, mx.array] = {}
     for file in files:
@@ -183,6 +218,8 @@ def _lazy(files: list[Path], model: nn.Module, dtype: mx.Dtype, bits: int | None
             raise UserError(f"{file} cannot be read: {error}") from None
     with mx.stream(converter):
         weights = model.sanitize(weights)
+        if dtype is None:
+            return weights
         if bits:
             weights = quantized_weights(weights, partial(model.bits_of, bits=bits))
         is_number = {name: mx.issubdtype(weight.dtype, mx.floating) for name, weight in weights.items()}

@@ -13,7 +13,7 @@ from orchestrator.plan import Order, Work
 def work(id: str, *stages: str, priority: int = 0, served: int = 0, model: str = "m") -> Work:
     following = {stage: (f"{id}-{stage}",) for stage in stages}
     loads = dict.fromkeys(STAGES, (model, "float32"))
-    return Work(id, id, priority, 0, 0, 1, 64, loads, following, dict.fromkeys(STAGES, served))
+    return Work(id, id, priority, 0, 0, 1, loads, following, dict.fromkeys(STAGES, served))
 
 
 def choose(works: list[Work], stages: tuple[str, ...], current: str | None, turn_over: bool) -> Order | None:

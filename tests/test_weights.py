@@ -17,7 +17,7 @@ from stages.checkpoint import Checkpoint, tensors_of, weight_files
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, Text, TransformerConfig
 from stages.modulation import Tables
-from stages.weights import RowsOnDisk, Streamed, load_weights
+from stages.weights import RowsOnDisk, Streamed, load_weights, weights_of
 
 SEED = secrets.randbelow(2**31)  # printed with every failure, as part of an assertion
 
@@ -203,13 +203,13 @@ def test_quantized_weights(golden, bits):
 def test_estimates_of_weights_are_what_mlx_counts(golden):
     directory = golden("demo").checkpoint
     for bits in (None, 4, 8):
-        for dtype, compute in (("float32", mx.float32), ("bfloat16", mx.bfloat16)):
-            told = memory.weights_of(directory / "transformer", QwenImageTransformer2DModel, dtype, bits)
+        for compute in (mx.float32, mx.bfloat16):
+            told = weights_of(directory / "transformer", QwenImageTransformer2DModel, compute, bits)
             model = transformer(directory, compute, bits=bits)
             assert told.whole == sum(array.nbytes for _, array in tree_flatten(model.parameters()))
             block = model.transformer_blocks[0]
             assert told.layer == sum(array.nbytes for _, array in tree_flatten(block.parameters()))
-    told = memory.weights_of(directory / "text_encoder", TextEncoder, "float32")
+    told = weights_of(directory / "text_encoder", TextEncoder, mx.float32)
     assert told.whole == sum(array.nbytes for _, array in tree_flatten(text_encoder(directory).parameters()))
 
 
