@@ -393,6 +393,17 @@ def _gallery(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from stages.checkpoint import open_checkpoint
+    from stages.denoise import resolved
+    from stages.doctor import diagnose
+
+    checkpoint = open_checkpoint(args.model)
+    for line in diagnose(checkpoint, resolved(_settings(args, []), checkpoint.defaults), args.dtype, args.memory):
+        print(line)
+    return EXIT_DONE
+
+
 def _models_convert(args: argparse.Namespace) -> int:
     from stages.convert import convert
 
@@ -698,6 +709,15 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("run", type=_path, metavar="RUN", help="a run, its images/, or an outbox")
     gallery.add_argument("--sheet", type=_path, metavar="PNG", help="instead, all of them in one picture")
     gallery.set_defaults(command=_gallery, debug=False)
+
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="what each stage would do here with a model, and what that needs"
+    )
+    add = doctor.add_argument
+    add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
+    add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
+    add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
+    doctor.set_defaults(command=_doctor)
 
     models = commands.add_parser("models", help="checkpoints: make a smaller one")
     actions = models.add_subparsers(required=True, metavar="ACTION")

@@ -305,7 +305,7 @@ def _all_pictures(
     manifest: EmbeddingsManifest, checkpoint: Checkpoint, overrides: Settings
 ) -> list[tuple[PromptItem, Resolved, int]]:
     """Every prompt with each of its seeds."""
-    settings = [_resolve(overrides, item.settings, checkpoint.defaults) for item in manifest.items]
+    settings = [resolved(overrides, item.settings, checkpoint.defaults) for item in manifest.items]
     return [(item, own, seed) for item, own in zip(manifest.items, settings, strict=True) for seed in own.seeds]
 
 
@@ -318,7 +318,7 @@ def _find(wanted: list[Wanted], manifest: EmbeddingsManifest) -> list[tuple[Prom
         item = prompts.get((each.prompt_key, each.negative_key))
         if item is None:
             raise UserError(f"the run has no prompt {each.prompt_key}, not {each.negative_key}; encode it first")
-        found.append((item, _resolve(each.settings()), each.seed))
+        found.append((item, resolved(each.settings()), each.seed))
     return found
 
 
@@ -360,7 +360,7 @@ def _jobs(
     return list({job.key: job for job in jobs}.values())  # a prompt written twice is one picture
 
 
-def _resolve(*layers: Settings) -> Resolved:
+def resolved(*layers: Settings) -> Resolved:
     return Resolved(*msgspec.structs.astuple(resolve(*layers)))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-BLOCKS_AT_ONCE = 2  # fewer would keep a GPU waiting
+BLOCKS_AT_ONCE = 2  # of a GPU, which would wait with fewer
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 TILE_ACTIVATIONS = 18  # numbers for each of a tile's pixels and channels, halo included: a convolution's unfolded input
@@ -66,8 +66,7 @@ def available() -> int:
     if has_cuda():
         import mlx.core as mx
 
-        info = mx.device_info()
-        return int(info.get("free_memory") or info.get("total_memory") or info.get("memory_size") or sys.maxsize)
+        return int(mx.device_info()["free_memory"])
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -76,6 +75,17 @@ def available() -> int:
 
         return min(free, int(mx.device_info()["max_recommended_working_set_size"]))
     return min(free, _left_in_container())
+
+
+def total() -> int:
+    """Bytes of memory that models can be held in: the GPU's own where it has its own."""
+    if has_cuda():
+        import mlx.core as mx
+
+        return int(mx.device_info()["total_memory"])
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def _left_in_container() -> int:
@@ -90,17 +100,17 @@ def _left_in_container() -> int:
 def text_states(config: "TextEncoderConfig", longest: int, together: int, dtype: str) -> int:
     """Bytes of what passes through the text encoder: one text's widest point, and the states of those that wait."""
     widest = 3 * config.intermediate_size + 8 * config.hidden_size
-    scores = 0 if _has_fused_attention() else 2 * config.num_attention_heads * longest**2
+    scores = 0 if _has_gpu() else 2 * config.num_attention_heads * longest**2
     return DTYPE_BYTES[dtype] * (longest * widest + 2 * together * config.hidden_size + scores)
 
 
 def image_states(config: "TransformerConfig", tokens: int, waiting: int, attended: int, steps: int, dtype: str) -> int:
     """Bytes of what passes through the transformer: `tokens` at work in a block, of which one attends to `attended`;
     those `waiting` for it; and the table of its modulation."""
-    scores = 0 if _has_fused_attention() else 2 * config.num_attention_heads * attended**2
+    scores = 0 if _has_gpu() else 2 * config.num_attention_heads * attended**2
     tables = 2 * steps * 12 * config.num_layers * config.dim
     at_work = config.dim * (BLOCK_ACTIVATIONS * tokens + 2 * waiting) + scores
-    return DTYPE_BYTES[dtype] * (BLOCKS_AT_ONCE * at_work + tables)
+    return DTYPE_BYTES[dtype] * ((BLOCKS_AT_ONCE if _has_gpu() else 1) * at_work + tables)
 
 
 def picture_states(config: "VAEConfig", height: int, width: int, edge: int, dtype: str) -> int:
@@ -116,14 +126,14 @@ def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Bu
 
     `states` are the bytes that the tiles take, by their edges.
     """
-    needs = {edge: PROCESS_BYTES + weights.resident + each for edge, each in states.items()}
-    fitting = [edge for edge in needs if needs[edge] <= within.size]
-    edge = asked or max(fitting, default=min(needs))
-    if within.promised and needs[edge] > within.size:
+    needed = {edge: needs(weights, each)[0] for edge, each in states.items()}
+    fitting = [edge for edge in needed if needed[edge] <= within.size]
+    edge = asked or max(fitting, default=min(needed))
+    if within.promised and needed[edge] > within.size:
         smaller = f"; --tile {max(fitting)} needs less" if fitting else ""
         raise UserError(
-            f"decoding in tiles of {edge} needs {gigabytes(needs[edge])}, more than {within}"
-            + (smaller or f"; give it at least {gigabytes(min(needs.values()))}")
+            f"decoding in tiles of {edge} needs {gigabytes(needed[edge])}, more than {within}"
+            + (smaller or f"; give it at least {gigabytes(min(needed.values()))}")
         )
     return edge
 
@@ -138,8 +148,13 @@ def bound(states: int) -> None:
     mx.set_memory_limit(mx.get_active_memory() + states)
 
 
-def _has_fused_attention() -> bool:
+def _has_gpu() -> bool:
     return sys.platform == "darwin" or has_cuda()
+
+
+def needs(weights: Weights, states: int) -> tuple[int, int]:
+    """Bytes that a stage takes whose weights are in memory, and one that streams them."""
+    return PROCESS_BYTES + weights.resident + states, PROCESS_BYTES + weights.streamed + states
 
 
 def streams(
@@ -149,12 +164,12 @@ def streams(
 
     `once` says that streaming costs nothing: the weights are needed for one pass.
     """
-    resident, streamed = (PROCESS_BYTES + size + states for size in (weights.resident, weights.streamed))
+    resident, streamed = needs(weights, states)
     stream = asked if asked is not None else once or resident > within.size
-    needs = streamed if stream else resident
-    if within.promised and needs > within.size:
+    needed = streamed if stream else resident
+    if within.promised and needed > within.size:
         raise UserError(
-            f"the {what} needs {gigabytes(needs)} {'streamed' if stream else 'in memory'}, more than {within}; "
+            f"the {what} needs {gigabytes(needed)} {'streamed' if stream else 'in memory'}, more than {within}; "
             + (f"with --stream {gigabytes(streamed)} are enough" if not stream and streamed <= within.size else
                f"give it at least {gigabytes(streamed)}")
         )  # fmt: skip

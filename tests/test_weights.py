@@ -272,3 +272,32 @@ def test_a_budget_is_refused_before_anything_is_loaded(qwen_stage, tmp_path, sma
 def test_streamed_is_kept_by_who_is_asked_once(golden):
     assert isinstance(text_encoder(golden("demo").checkpoint, stream=True).layers, Streamed)
     assert isinstance(text_encoder(golden("demo").checkpoint).layers, list)
+
+
+def test_doctor_says_what_the_stages_would_do(qwen_stage, small_model):
+    generous = qwen_stage("doctor", f"--model={small_model}", "--size=32x48", "--memory=100GB")
+    assert generous.code == 0
+    chosen = [line.split()[1:3] for line in generous.out if line.startswith("->")]
+    assert [stage for stage, _ in chosen] == ["encode", "modulation", "denoise", "decode"]
+    assert chosen[2] == ["denoise", "in"]
+    scarce = qwen_stage("doctor", f"--model={small_model}", "--size=1024x1024", "--memory=300MB")
+    assert [line.split()[2] for line in scarce.out if line.startswith("->")][2] == "streamed"
+    assert "too little memory for denoise" in scarce.out[-1]
+    refused = qwen_stage("doctor", f"--model={small_model}", "--size=33x48")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+
+
+def test_tiles_by_memory():
+    weights = memory.Weights(whole=100 << 20, layers=0, layer=0, stored_layer=0, stored=100 << 20)
+    states = {512: 1000 << 20, 256: 300 << 20, 128: 100 << 20}
+
+    def edge(megabytes, promised=True, asked=None):
+        return memory.tile(weights, states, asked, memory.Budget(megabytes << 20, promised))
+
+    assert [edge(size) for size in (2000, 700, 500)] == [512, 256, 128]
+    assert edge(700, asked=128) == 128
+    assert edge(10, promised=False) == 128
+    with pytest.raises(UserError, match=r"needs 1\.4 GB, more than --memory 734 MB; --tile 256 needs less"):
+        edge(700, asked=512)
+    with pytest.raises(UserError, match="tiles of 128 needs 472 MB, more than --memory 10 MB; give it at least 472 MB"):
+        edge(10)
