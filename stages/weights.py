@@ -19,6 +19,7 @@ from artifacts_schema.errors import UserError
 from stages.checkpoint import Checkpoint, Tensor, has_cuda, shown, tensors_of, weight_files
 from stages.measure import Report
 from stages.memory import Weights
+from stages.models.quantized import QuantizedLinear
 
 NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # as safetensors calls them
 GROUP_SIZE = 64  # weights that share a scale and a bias
@@ -252,7 +253,7 @@ def _exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
         bits, group_size = 32 * packed.shape[-1] / inputs, inputs / max(1, scales.shape[-1])
         if bits not in BITS or group_size not in GROUP_SIZES:
             raise UserError(f"tensor {path}.weight is quantized to {bits:g} bits in groups of {group_size:g}: unknown")
-        return nn.QuantizedLinear(inputs, outputs, "bias" in module, int(group_size), int(bits))
+        return QuantizedLinear(inputs, outputs, "bias" in module, int(group_size), int(bits))
 
     leaves = tree_map_with_path(exchanged, model.leaf_modules(), is_leaf=nn.Module.is_module)
     model.update_modules(leaves)
