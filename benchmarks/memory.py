@@ -123,7 +123,6 @@ class Bench:
         started = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            env=self.environment,
             stdout=subprocess.PIPE,
             text=True,
             check=True,
