@@ -141,15 +141,15 @@ def denoise(
         batches = [(_sigmas(schedule, group[0]), group) for group in _batches(todo, batch)]
         loading = Loading(checkpoint, "transformer", QwenImageTransformer2DModel, TransformerConfig, compute, bits)
         states = [_states(group, prompts, config, batch_guidance, compute) for _, group in batches]
-        weights = loading.weights()
-        stream = memory.streams("transformer", weights, max(states), stream, memory.budget(budget), notice)
+        weights, within = loading.weights(), memory.budget(budget)
+        stream = memory.streams("transformer", weights, max(states), stream, within, notice)
         tables = Tables(checkpoint, config, compute, report, notice)
         tables.prepare([sigmas for sigmas, _ in batches])
         transformer = load_model(loading, stream=stream, report=report)
         live = Preview.of(preview, checkpoint) if preview else None
         failures, begun = [], 0
         for (sigmas, group), own_states in zip(batches, states, strict=True):
-            memory.bound(own_states + (weights.streamed if stream else 0))
+            memory.bound(weights.streamed if stream else weights.whole, own_states, within)
             watch = Stopwatch()
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from artifacts_schema.errors import UserError
-from stages.checkpoint import Checkpoint, Tensor, has_cuda, shown, tensors_of, weight_files
+from stages.checkpoint import Checkpoint, Tensor, shown, tensors_of, weight_files
 from stages.measure import Report
 from stages.memory import Weights
 from stages.models.quantized import QuantizedLinear
@@ -164,20 +164,12 @@ class Streamed:
 
 def ahead(layers: list[nn.Module]) -> Iterator[nn.Module]:
     """Layers whose weights are read, each while the one before is at work."""
-    _begin_to_read(layers[0])
+    mx.async_eval(layers[0].parameters())
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if following:
-            _begin_to_read(following)
+            mx.async_eval(following.parameters())
         mx.eval(layer.parameters())
         yield layer
-
-
-def _begin_to_read(layer: nn.Module) -> None:
-    arrays = [array for _, array in tree_flatten(layer.parameters())]
-    mx.async_eval(arrays)
-    if has_cuda():  # what the CPU has read moves to the GPU when it is first touched: now, not when the layer needs it
-        _, converter = _streams()
-        mx.async_eval([mx.max(array, stream=converter) for array in arrays])
 
 
 def _evaluated(layer: nn.Module) -> Callable[..., Any]:
