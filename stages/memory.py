@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-BLOCKS_AT_ONCE = 3  # of a GPU, where there is room: with one it computes a quarter slower
+BLOCKS_AT_ONCE = 2  # of a GPU, where there is room: with one it computes a fifth slower
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 TILE_ACTIVATIONS = 18  # numbers for each of a tile's pixels and channels, halo included: a convolution's unfolded input
