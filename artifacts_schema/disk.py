@@ -81,8 +81,7 @@ def bring(source: Path, target: Path) -> None:
             with source.open("rb") as original, temporary.open("xb") as copy:
                 while block := original.read(READ_BYTES):
                     copy.write(block)
-                copy.flush()
-                sync(temporary)
+        sync(temporary)
         temporary.rename(target)
         sync(target.parent)
     finally:

@@ -67,7 +67,8 @@ def convert(
         raise UserError(f"{target} needs {gigabytes(needed)}, its disk has {gigabytes(free)} left")
     try:
         with disk.lock(target):
-            disk.sweep(target)
+            for directory in (target, *(path for path in target.iterdir() if path.is_dir())):
+                disk.sweep(directory)
             for number, path in enumerate(others, 1):
                 place = target / path.relative_to(source.directory)
                 disk.make_directory(place.parent)
@@ -119,7 +120,6 @@ class Component:
         from stages.weights import quantized_weights, to_safetensors
 
         disk.make_directory(self.target)
-        disk.sweep(self.target)
         there = [number for number in range(len(self.parts)) if self._is_there(number)]
         if there:
             notice(f"{len(there)} of {len(self.parts)} files of {self.target} are there already")
@@ -137,13 +137,18 @@ class Component:
             report(f"convert {self.quantization.component}", number + 1, len(self.parts))
         config = json.loads((self.source / "config.json").read_bytes())
         config["quantization"] = {"bits": self.quantization.bits, "group_size": self.quantization.group_size}
-        disk.publish(self.target, "config.json", json.dumps(config, indent=2).encode())
+        self._put("config.json", config)
         written = tensors_of([self.target / name for name in self.names])
         index = {
             "metadata": {"total_size": sum(tensor.size for tensor in written.values())},
             "weight_map": {name: tensor.file.name for name, tensor in sorted(written.items())},
         }
-        disk.publish(self.target, f"{self.stem}{INDEX_SUFFIX}", json.dumps(index, indent=2).encode())
+        self._put(f"{self.stem}{INDEX_SUFFIX}", index)
+
+    def _put(self, name: str, content: dict[str, Any]) -> None:
+        data = json.dumps(content, indent=2).encode()
+        if not (self.target / name).exists() or (self.target / name).read_bytes() != data:
+            disk.publish(self.target, name, data)
 
     def _is_there(self, number: int) -> bool:
         """Whether a part was written by this very conversion: only whole files get their names."""

@@ -50,6 +50,7 @@ POWER = "power cut"  # what was not synced is gone, names and contents
 NAMES_AHEAD = "power cut, names kept"  # names are there that were not synced, contents not: so file systems differ
 DEADLY = (KILL, POWER, NAMES_AHEAD)
 FAULTS = ("EIO", KILL, "ENOSPC", POWER, "EACCES", NAMES_AHEAD)
+CONVERTED = "small"  # a checkpoint
 END = "done"  # counts as an operation: what a command has said to be done is not undone by a power cut
 # Python's names for what it audits, with the position of the path among the event's arguments
 AUDITED = {
@@ -295,6 +296,7 @@ def scenarios(model: Path) -> dict[str, Scenario]:
         ),
         "cache verify": Scenario(["cache", "verify"], elsewhere, damage_cache),
         "cache trim": Scenario(["cache", "trim", "--max-size=6KB"], elsewhere),
+        "models convert": Scenario(["models", "convert", "demo", CONVERTED, "--quantize=4"], run=CONVERTED),
     }
 
 
@@ -433,8 +435,15 @@ def not_whole(directory: Path, scenario: Scenario) -> Iterator[str]:
 
 
 def published(directory: Path, run: str) -> dict[str, tuple[int, int]]:
-    """The files that manifests of the run list, with what tells whether they were written again."""
+    """The files that manifests of the run list, with what tells whether they were written again.
+
+    Of a checkpoint, which has no manifests, every file.
+    """
     found = {}
+    for path in (directory / CONVERTED).rglob("*") if run == CONVERTED else ():
+        if path.is_file() and not path.name.startswith((disk.TEMPORARY, ".lock")):
+            info = path.stat()
+            found[path.relative_to(directory / run).as_posix()] = info.st_ino, info.st_mtime_ns
     for kind in store.KINDS:
         artifact = directory / run / kind.kind
         with suppress(UserError, FileNotFoundError):  # `not_whole` says so

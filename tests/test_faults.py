@@ -27,6 +27,7 @@ COMMANDS = [
     "decode, cached",
     "cache verify",
     "cache trim",
+    "models convert",
     "watch",
 ]
 EVERY = 7  # shares no factor with the six faults: all of them have their turn
