@@ -4,7 +4,6 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -232,6 +231,8 @@ class Dispatcher:
         if main.stage != "denoise" or main.order is None:
             return False
         if self.terms.overlap is None:
+            if self.terms.limits:  # they are for one stage at a time
+                return False
             beside = self.slots[1].worker is not None  # then it has its memory
             return beside or _available_memory() > DECODE_BYTES
         return self.terms.overlap
@@ -427,12 +428,9 @@ def _command(jobs: Jobs, job: Job, order: plan.Order, terms: Terms, again: bool)
 
 
 def _available_memory() -> int:
-    """Bytes that may be taken without swapping; 0 where nothing says so, or where it is not the GPU's."""
+    """Bytes that may be taken without swapping; 0 where memory is the GPU's own."""
+    import psutil
+
     from stages.checkpoint import has_cuda
 
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return 0 if has_cuda() else int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
+    return 0 if has_cuda() else int(psutil.virtual_memory().available)

@@ -59,6 +59,24 @@ def test_other_settings_stand_beside_the_old_ones(qwen_stage, run):
     assert contents(run).keys() == after.keys()
 
 
+def test_quantized_pictures_stay_so_and_stand_beside_others(qwen_stage, run, small_model):
+    """Of a model so small that nothing of it can be quantized; what is asked for is recorded all the same."""
+    assert qwen_stage("rerun", "run", "--item=3", "--quantize=8", "--stream", "--memory=1GB").out == [
+        "run/images/0004-a-dog-s42.png"
+    ]
+    assert qwen_stage("rerun", "run", "--item=4", "--seed=7").code == 0
+    assert [(item[1], item[5]) for item in settings(run)[3:]] == [(42, "float32-q8"), (7, "float32-q8")]
+    shutil.rmtree(run / "images")
+    assert len(qwen_stage("rerun", "run").out) == 5
+    recipe = inspect.read_recipe(run / "images/0005-a-dog-s7.png")
+    assert recipe.dtype == "float32-q8"
+    like = qwen_stage("run", "--like", run / "images/0005-a-dog-s7.png", "--out=like", f"--model={small_model}")
+    assert like.code == 0, like.err
+    assert settings(run.parent / "like") == settings(run)[4:]
+    refused = qwen_stage("rerun", "run", "--memory=1MB", "--seed=8")
+    assert refused.code == 2
+
+
 def test_more_seeds_of_one_picture(qwen_stage, run):
     assert qwen_stage("rerun", "run", "--item=1", "--seed", "+2").out == [
         "run/images/0004-a-cat-s7.png",

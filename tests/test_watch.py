@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from artifacts_schema import disk, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.jobs import STAGES, Ended, Jobs
-from artifacts_schema.manifests import ImagesManifest
+from artifacts_schema.manifests import ImagesManifest, LatentsManifest
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, dispatch, plan, watch
 from orchestrator.dispatch import Terms
 from orchestrator.progress import Terminal
@@ -120,6 +120,23 @@ class Shop:
 def shop(tmp_path, small_model) -> Shop:
     (tmp_path / "shop").mkdir()
     return Shop(tmp_path / "shop", small_model)
+
+
+def test_limits_and_quantization_reach_the_stages(tmp_path, small_model):
+    shop = Shop(tmp_path, small_model)
+    shop.drop("a.jsonl", "one")
+    done = subprocess.run(
+        shop.command("--once", "--quantize=4", "--memory=1GB", "--stream"), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == EXIT_DONE, done.stderr
+    (ended,) = shop.ended().values()
+    assert ended.job.dtype.endswith("-q4")
+    latents, _ = store.read_manifest(shop.outbox / "a/latents", LatentsManifest)
+    assert latents.items[0].dtype == ended.job.dtype
+    shop.drop("b.jsonl", "two")
+    done = subprocess.run(shop.command("--once", "--memory=1MB"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_SOME_FAILED
+    assert "more than --memory 1 MB" in done.stderr
 
 
 def test_drops_become_runs_and_end_in_done(shop, qwen_stage):
