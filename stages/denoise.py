@@ -31,7 +31,7 @@ from artifacts_schema.prompts import NO_GUIDANCE, Wanted, check_settings, resolv
 from artifacts_schema.trajectory import Trajectory, resume
 from stages import memory
 from stages.checkpoint import Checkpoint, default_dtype, open_checkpoint
-from stages.measure import Notice, Report, Stopwatch, versions
+from stages.measure import Notice, Report, Stopwatch, forget_peak, versions
 from stages.modulation import Sigmas, Tables
 from stages.preview import Preview
 from stages.scheduler import SchedulerConfig
@@ -143,6 +143,7 @@ def denoise(
         states = [_states(group, prompts, config, batch_guidance, compute) for _, group in batches]
         weights, within = loading.weights(), memory.budget(budget)
         stream = memory.streams("transformer", weights, max(states), stream, within, notice)
+        forget_peak()
         tables = Tables(checkpoint, config, compute, report, notice)
         tables.prepare([sigmas for sigmas, _ in batches])
         transformer = load_model(loading, stream=stream, report=report)
@@ -150,7 +151,7 @@ def denoise(
         failures, begun = [], 0
         for (sigmas, group), own_states in zip(batches, states, strict=True):
             memory.bound(weights.streamed if stream else weights.whole, own_states, within)
-            watch = Stopwatch()
+            watch = Stopwatch(keep_peak=not begun)  # loading may be what takes most
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]

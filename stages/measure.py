@@ -14,11 +14,11 @@ Notice = Callable[[str], None]  # one line that a person should see
 
 
 class Stopwatch:
-    """Starts when made; MLX's peak counts from there, the process's from its start."""
+    """Starts when made; MLX's peak counts from there, or goes on to count, the process's from its start."""
 
-    def __init__(self) -> None:
-        if "mlx.core" in sys.modules:
-            sys.modules["mlx.core"].reset_peak_memory()
+    def __init__(self, keep_peak: bool = False) -> None:
+        if not keep_peak:
+            forget_peak()
         self.started = time.perf_counter()
 
     def cost(self, pictures: int = 1) -> Cost:
@@ -30,6 +30,12 @@ class Stopwatch:
             process_peak=peak if sys.platform == "darwin" else peak * 1024,  # Linux counts in KiB
             mlx_peak=mlx.get_peak_memory() if mlx else 0,
         )
+
+
+def forget_peak() -> None:
+    """Lets MLX's peak count from here."""
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].reset_peak_memory()
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from artifacts_schema import cache
 from artifacts_schema.errors import UserError
-from stages import memory
+from stages import memory, weights
 from stages.checkpoint import Checkpoint, tensors_of, weight_files
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, Text, TransformerConfig
@@ -301,3 +301,36 @@ def test_tiles_by_memory():
         edge(700, asked=512)
     with pytest.raises(UserError, match="tiles of 128 needs 472 MB, more than --memory 10 MB; give it at least 472 MB"):
         edge(10)
+
+
+def embeddings(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "embeddings").glob("*.safetensors"))}
+
+
+def test_encode_streams_until_it_pays_to_keep_the_layers(qwen_stage, tmp_path, small_model, monkeypatch, fresh_cache):
+    """Once: a pass costs what loading does. Asked again, or with more than pass through at once: in memory."""
+
+    def read(name, *options):
+        result = qwen_stage("encode", "p.txt", f"--out={name}", f"--model={small_model}", *options)
+        assert result.code == 0, result.err
+        (loaded,) = weights._loaded.values()
+        return "streamed" if loaded[0] else "in memory"
+
+    weights._loaded.clear()
+    (tmp_path / "p.txt").write_text("one\ntwo, longer\nthree, much longer\n")
+    assert read("once") == "streamed"
+    fresh_cache()
+    assert read("again") == "in memory"
+    fresh_cache()
+    weights._loaded.clear()
+    monkeypatch.setattr("stages.encode.TOKENS_AT_ONCE", 150)
+    assert read("many") == "in memory"
+    fresh_cache()
+    assert read("waves", "--stream") == "streamed"
+    fresh_cache()
+    monkeypatch.setattr("stages.memory.available", lambda: 1000)
+    weights._loaded.clear()
+    assert read("scarce") == "streamed"
+    runs = [embeddings(tmp_path / name) for name in ("once", "again", "many", "waves", "scarce")]
+    assert all(run == runs[0] for run in runs)
+    assert len(runs[0]) == 4
