@@ -57,8 +57,12 @@ class Budget:
 
 
 def budget(limit: int | None) -> Budget:
-    """`limit` in bytes as the user gave it, or what the machine has free."""
-    return Budget(available(), False) if limit is None else Budget(limit, True)
+    """`limit` in bytes as the user gave it, or what the machine has free, this process's own models included."""
+    if limit is not None:
+        return Budget(limit, True)
+    mlx = sys.modules.get("mlx.core")
+    held = mlx.get_active_memory() + mlx.get_cache_memory() if mlx else 0
+    return Budget(available() + held, False)
 
 
 def available() -> int:

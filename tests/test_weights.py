@@ -245,6 +245,16 @@ def test_streaming_by_memory(size, promised, asked, once, streams, words):
         assert bool(words) == bool(said)
 
 
+def test_what_a_process_holds_itself_is_free_for_it(monkeypatch):
+    """Or the second order of a worker would find no room for the model that it has in memory."""
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    before = memory.budget(None).size
+    held = mx.ones(1_000_000)
+    mx.eval(held)
+    assert memory.budget(None).size >= before + held.nbytes
+    assert memory.budget(5) == memory.Budget(5, True)
+
+
 def test_a_container_has_less(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     monkeypatch.setattr(memory, "has_cuda", lambda: False)
