@@ -7,6 +7,7 @@ model stays whole and right: when weights are read and dropped again decides abo
 import io
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from artifacts_schema.errors import UserError
+from artifacts_schema.errors import Unreadable, UserError
 from stages.checkpoint import Checkpoint, Tensor, shown, tensors_of, weight_files
 from stages.measure import Report
 from stages.memory import Weights
@@ -124,16 +125,15 @@ def load_weights(
         del weights[f"{name}.weight"]
         setattr(model, name, RowsOnDisk(stored, dtype))
     model.load_weights(list(weights.items()))
-    layers = getattr(model, "LAYERS", None)
-    if layers is None:
-        return
-    if stream:
-        setattr(model, layers, Streamed(model[layers], lambda: _by_layer(unread(), layers)))
-    else:
-        for number, layer in enumerate(ahead(model[layers]), 1):
-            del layer
-            if report:
-                report(f"read {directory.name}", number, len(model[layers]))
+    if layers := getattr(model, "LAYERS", None):
+        if stream:
+            setattr(model, layers, Streamed(model[layers], lambda: _by_layer(unread(), layers), directory))
+        else:
+            for number, _ in enumerate(ahead(model[layers], directory), 1):
+                if report:
+                    report(f"read {directory.name}", number, len(model[layers]))
+    with _reading(directory):
+        mx.eval(model.parameters())  # what is no layer
 
 
 class Streamed:
@@ -142,8 +142,11 @@ class Streamed:
     What a layer returns is evaluated, so that nothing needs its weights any longer when the next one's turn comes.
     """
 
-    def __init__(self, layers: list[nn.Module], unread: Callable[[], dict[int, dict[str, mx.array]]]) -> None:
-        self.layers, self.unread = layers, unread
+    def __init__(
+        self, layers: list[nn.Module], unread: Callable[[], dict[int, dict[str, mx.array]]], directory: Path
+    ) -> None:
+        """`unread()` gives the arrays of all layers by their numbers; `directory` is for errors."""
+        self.layers, self.unread, self.directory = layers, unread, directory
         self.after_layer: Callable[[int, int], None] = lambda done, total: None
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
@@ -153,7 +156,7 @@ class Streamed:
             self.layers[number].update(tree_unflatten(list(unread.pop(number).items())))
 
         try:
-            for number, layer in enumerate(ahead(self.layers)):
+            for number, layer in enumerate(ahead(self.layers, self.directory)):
                 yield _evaluated(layer)
                 forget(number)
                 self.after_layer(number + 1, len(self.layers))
@@ -162,14 +165,24 @@ class Streamed:
                 forget(number)
 
 
-def ahead(layers: list[nn.Module]) -> Iterator[nn.Module]:
+def ahead(layers: list[nn.Module], directory: Path) -> Iterator[nn.Module]:
     """Layers whose weights are read, each while the one before is at work."""
-    mx.async_eval(layers[0].parameters())
+    with _reading(directory):
+        mx.async_eval(layers[0].parameters())
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        if following:
-            mx.async_eval(following.parameters())
-        mx.eval(layer.parameters())
+        with _reading(directory):
+            if following:
+                mx.async_eval(following.parameters())
+            mx.eval(layer.parameters())
         yield layer
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise Unreadable(f"the weights in {directory} cannot be read any more: {error}") from None
 
 
 def _evaluated(layer: nn.Module) -> Callable[..., Any]:

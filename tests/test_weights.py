@@ -1,7 +1,9 @@
 """Weights in memory, streamed and quantized; the tables of modulations; and how much memory that takes."""
 
+import os
 import random
 import secrets
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -96,6 +98,25 @@ def test_streamed_layers_are_two_in_memory(tmp_path):
     mx.eval(model([[1, 2, 3]]))
     assert mx.get_peak_memory() - before < 2.5 * layer
     assert mx.get_active_memory() - before < 0.5 * layer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_that_vanish_while_they_are_read(tmp_path, golden, stream):
+    shutil.copytree(golden("demo").checkpoint / "text_encoder", tmp_path / "text_encoder")
+    shutil.copytree(golden("demo").checkpoint / "tokenizer", tmp_path / "tokenizer")
+    (file,) = (tmp_path / "text_encoder").glob("*.safetensors")
+    size = file.stat().st_size
+
+    def cut(*_):
+        os.truncate(file, size // 4)
+
+    def encode():
+        model = text_encoder(tmp_path, stream=stream, report=cut)
+        cut()
+        mx.eval(model([[1, 2, 3]]))
+
+    with pytest.raises(UserError, match="cannot be read"):
+        encode()
 
 
 def convert(fields):
