@@ -57,17 +57,14 @@ class TransformerConfig:
 
 
 class Rotary(NamedTuple):
-    """cos and sin of one stream's angles, [tokens, 1, head_dim / 2], float32."""
+    """One stream's angles on the unit circle, [tokens, 1, head_dim / 2], complex64."""
 
-    cos: mx.array
-    sin: mx.array
+    turns: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotates the interleaved pairs of x [..., tokens, heads, head_dim], in float32 as the reference does."""
-        pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-        real, imag = pairs[..., 0], pairs[..., 1]
-        rotated = mx.stack([real * self.cos - imag * self.sin, real * self.sin + imag * self.cos], axis=-1)
-        return rotated.reshape(x.shape).astype(x.dtype)
+        rotated = x.astype(mx.float32).view(mx.complex64) * self.turns
+        return rotated.view(mx.float32).astype(x.dtype)
 
 
 class ImageTextRotary(NamedTuple):
@@ -248,7 +245,7 @@ class QwenImageTransformer2DModel(nn.Module):
             freqs = 1.0 / mx.power(float(ROPE_THETA), mx.arange(0, dim, 2, dtype=mx.float32) / dim)
             angles.append(axis.astype(mx.float32)[:, None] * freqs)
         table = mx.concatenate(angles, axis=-1)[:, None]
-        return Rotary(mx.cos(table), mx.sin(table))
+        return Rotary(mx.cos(table) + 1j * mx.sin(table))
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
