@@ -14,10 +14,11 @@ from safetensors import safe_open
 
 from stages.checkpoint import Checkpoint
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
-from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
+from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.weights import load_weights
 
 TRANSFORMER = (QwenImageTransformer2DModel, TransformerConfig, "transformer")
+MODULATOR = (Modulator, TransformerConfig, "transformer")
 TEXT_ENCODER = (TextEncoder, TextEncoderConfig, "text_encoder")
 
 
@@ -40,6 +41,8 @@ def test_a_converted_model_is_what_quantize_makes_of_it(qwen_stage, tmp_path, bi
         ours, theirs = parameters(tmp_path / "small", kind), parameters(random_models.TINY, kind, bits=bits)
         assert ours.keys() == theirs.keys()
         assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (parameters(directory, MODULATOR) for directory in (tmp_path / "small", random_models.TINY))
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "small/transformer/config.json").read_text())["quantization"] == {
         "bits": bits, "group_size": 64,
     }  # fmt: skip

@@ -6,6 +6,7 @@ import secrets
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import random_models
@@ -219,6 +220,16 @@ def test_quantized_weights(golden, bits):
     one, other = (velocities(transformer(directory, bits=b), directory, SEED) for b in (None, bits))
     error = mx.linalg.norm(one[0] - other[0]) / mx.linalg.norm(one[0])
     assert 0 < error.item() < {4: 0.2, 8: 0.02}[bits], SEED
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_matrices_of_the_blocks_are_quantized_alike_and_no_others(golden, bits):
+    """As docs/quantization.md has it. What is not here is the modulation, which is another model's."""
+    modules = transformer(golden("demo").checkpoint, bits=bits).named_modules()
+    layers = {name: layer for name, layer in modules if isinstance(layer, (nn.Linear, nn.QuantizedLinear))}
+    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, nn.QuantizedLinear)}
+    assert {(layer.bits, layer.group_size) for layer in quantized.values()} == {(bits, 64)}
+    assert layers.keys() - quantized.keys() == {"img_in", "txt_in", "proj_out"}
 
 
 def test_estimates_of_weights_are_what_mlx_counts(golden):
