@@ -253,7 +253,10 @@ class QwenImageTransformer2DModel(nn.Module):
 
     @staticmethod
     def bits_of(layer: str, bits: int) -> int | None:
-        """To how many bits a layer's weights are quantized where `bits` are asked for: those of the blocks."""
+        """To how many bits a layer's weights are quantized where `bits` are asked for: those of the blocks, all alike.
+
+        Why so: docs/quantization.md.
+        """
         return bits if layer.startswith("transformer_blocks.") else None
 
 
