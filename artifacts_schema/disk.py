@@ -69,13 +69,15 @@ def publish_new(directory: Path, names: Iterable[str], data: bytes) -> str:
         remove(temporary)
 
 
-def bring(source: Path, target: Path) -> None:
-    """Makes `target` another name of the file `source`, or its copy on another file system. What is there stays."""
+def bring(source: Path, target: Path, link: bool) -> None:
+    """Copies the file `source`; with `link`, gives it another name where the file system can. What is there stays."""
     if target.exists():
         return
     temporary = target.parent / f"{TEMPORARY}{os.urandom(8).hex()}"
     try:
         try:
+            if not link:
+                raise OSError
             temporary.hardlink_to(source.resolve())
         except OSError:  # another file system, or one without hard links
             with source.open("rb") as original, temporary.open("xb") as copy:

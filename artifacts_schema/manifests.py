@@ -246,3 +246,10 @@ def split(precision: str) -> tuple[Dtype, Bits | None]:
     """What is computed in, and to how many bits the weights are quantized: `bfloat16-q4` -> bfloat16, 4."""
     dtype, _, bits = precision.partition("-q")
     return msgspec.convert((dtype, int(bits) if bits else None), type=tuple[Dtype, Bits | None])
+
+
+def changed(precision: str, dtype: str | None, bits: int | None) -> Precision:
+    """A precision with another dtype or other bits, 0 for none; what is None stays."""
+    own_dtype, own_bits = split(precision)
+    bits = own_bits if bits is None else bits
+    return f"{dtype or own_dtype}-q{bits}" if bits else dtype or own_dtype

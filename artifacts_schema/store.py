@@ -290,7 +290,8 @@ def read_embeddings(directory: Path, embedding: Embedding) -> bytes:
 
 def check_embeddings(data: bytes, embedding: Embedding) -> None:
     """Raises ValueError unless a safetensors file holds just what is said of it, end to end."""
-    dtype, width = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}.get(embedding.dtype, ("", 0))
+    number = embedding.dtype.partition("-")[0]  # that of a quantized model as well
+    dtype, width = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}.get(number, ("", 0))
     wanted = {
         "prompt_embeds": (dtype, [embedding.tokens, embedding.dim], embedding.tokens * embedding.dim * width),
         "prompt_embeds_mask": ("BOOL", [embedding.tokens], embedding.tokens),

@@ -256,7 +256,7 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     args.cfg = recipe.true_cfg_scale if args.cfg is None else args.cfg
     args.negative_prompt = recipe.negative_prompt if args.negative_prompt is None else args.negative_prompt
     compute, bits = split(recipe.dtype)
-    args.quantize = args.quantize or bits
+    args.quantize = bits if args.quantize is None else args.quantize
     args.dtype, args.decode_dtype = args.dtype or compute, args.dtype or recipe.decode_dtype
 
 
@@ -271,7 +271,7 @@ def _rerun(args: argparse.Namespace) -> int:
     if more and (len(args.seed) > 1 or int(more[0]) > MOST_MORE_SEEDS):
         raise UserError(f"give either seeds or +N for N more of them, at most +{MOST_MORE_SEEDS}")
     settings = _settings(args, [] if more else [int(seed) for seed in args.seed])
-    changes = Changes(settings, int(more[0]) if more else 0, _precision(args), args.dtype, args.keep_trajectory)
+    changes = Changes(settings, int(more[0]) if more else 0, args.dtype, args.quantize, args.keep_trajectory)
     if args.start == "decode" and (settings != Settings() or more):
         raise UserError("seeds, size, steps and cfg are settings of denoise; rerun with --from denoise")
     limits = _option("--memory", args.memory)
@@ -349,7 +349,7 @@ def _watch(args: argparse.Namespace) -> int:
     limits = tuple(_option("--memory", args.memory))
     min_free = cache.parse_bytes(args.min_free)
     terms = Terms(stages, args.truncate, args.overlap, args.hang, min_free, args.once, limits, streaming)
-    options = Options(terms, args.model, _precision(args), args.poll, args.settle)
+    options = Options(terms, args.model, args.dtype, args.quantize, args.poll, args.settle)
     terminal = Terminal(leave=False)
     _announce(args.model, terminal.notice)
     with _deferred_interrupts() as interrupted:
@@ -455,9 +455,10 @@ def _megabytes(size: int) -> str:
 
 def _precision(args: argparse.Namespace) -> str | None:
     """What is computed in, and the bits of quantized weights: `bfloat16-q4`; None where neither is said."""
+    from artifacts_schema.manifests import changed
     from stages.checkpoint import default_dtype
 
-    return f"{args.dtype or default_dtype()}-q{args.quantize}" if args.quantize else args.dtype
+    return changed(args.dtype or default_dtype(), None, args.quantize) if args.quantize else args.dtype
 
 
 def _option(name: str, value: object) -> list[str]:
@@ -539,6 +540,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _bits(text: str) -> int:
+    """0 for none."""
+    if text not in ("4", "8", "none", "0"):
+        raise argparse.ArgumentTypeError(f"must be 4, 8 or none, not {text}")
+    return 0 if text == "none" else int(text)
+
+
 def _bytes(text: str) -> int:
     from artifacts_schema.cache import parse_bytes
 
@@ -583,7 +591,7 @@ def _parser() -> argparse.ArgumentParser:
     stream_help = "read the layers at every pass, two at a time in memory; default: where memory is short"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream_help)
     quantize_help = "the model's weights, as they are read, to so many bits: a smaller model, other pictures"
-    add("--quantize", type=int, choices=(4, 8), help=quantize_help)
+    add("--quantize", type=_bits, metavar="{4,8,none}", help=quantize_help)
 
     writing = argparse.ArgumentParser(add_help=False, parents=[common])
     writing.add_argument("--out", type=_path, metavar="DIR", help="run directory to write into")

@@ -303,7 +303,7 @@ class Dispatcher:
             self.terminal.notice(f"{slot.run}: {event.line}")
         elif slot.worker:
             now = time.monotonic()
-            if event.done and not slot.has_loaded:
+            if event.done and not slot.has_loaded and event.label.startswith(slot.worker.stage):  # not: reading weights
                 slot.has_loaded = True
                 slot.loading = now - slot.turn_began
             self.terminal.report(slot.label, event.done, event.total, slot.line)
@@ -428,9 +428,8 @@ def _command(jobs: Jobs, job: Job, order: plan.Order, terms: Terms, again: bool)
 
 
 def _available_memory() -> int:
-    """Bytes that may be taken without swapping; 0 where memory is the GPU's own."""
-    import psutil
-
+    """Bytes that may be taken without swapping; 0 where models are in the GPU's own memory."""
     from stages.checkpoint import has_cuda
+    from stages.memory import system_memory
 
-    return 0 if has_cuda() else int(psutil.virtual_memory().available)
+    return 0 if has_cuda() else system_memory()

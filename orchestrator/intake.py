@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from artifacts_schema import disk, keys
 from artifacts_schema.errors import Unreadable, UserError
 from artifacts_schema.jobs import Ended, Job
-from artifacts_schema.manifests import Precision, Recipe, Settings
+from artifacts_schema.manifests import Dtype, Recipe, Settings, changed
 from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts, resolve
 from orchestrator.inbox import Claim
 from orchestrator.inspect import read_recipe
@@ -34,7 +34,8 @@ class Intake(NamedTuple):
     """What is said for all drops of a watch."""
 
     model: str | None
-    dtype: Precision | None
+    dtype: Dtype | None
+    bits: int | None  # of quantized weights; 0: not quantized
     notice: Notice
 
     def job(self, claim: Claim, is_taken: Callable[[str], bool]) -> Job:
@@ -65,7 +66,7 @@ class Intake(NamedTuple):
             source=source,
             sha256=sha256,
             model=checkpoint.name,
-            dtype=self.dtype or (recipe.dtype if recipe else default_dtype()),
+            dtype=changed(recipe.dtype if recipe else default_dtype(), self.dtype, self.bits),
             decode_dtype=(recipe.decode_dtype if recipe else None) or DEFAULT_DTYPE,
             priority=max(prompt.priority for prompt in prompts),
             prompts=_checked([_whole(prompt, checkpoint.defaults) for prompt in prompts], source),
@@ -79,7 +80,7 @@ class Intake(NamedTuple):
             source=_text(claim.name),
             sha256=UNKNOWN,
             model=self.model or DEMO,
-            dtype=self.dtype or default_dtype(),
+            dtype=changed(default_dtype(), self.dtype, self.bits),
             decode_dtype=DEFAULT_DTYPE,
             prompts=(),
         )

@@ -20,6 +20,7 @@ from artifacts_schema.manifests import (
     LatentsManifest,
     Manifest,
     Settings,
+    changed,
 )
 from artifacts_schema.prompts import NO_GUIDANCE, Entry, Wanted, as_wanted, check_settings, to_jsonl
 from orchestrator import EXIT_DONE, EXIT_SOME_FAILED
@@ -44,8 +45,8 @@ class Changes(NamedTuple):
 
     settings: Settings
     more_seeds: int = 0  # this many after the largest that each prompt has
-    dtype: str | None = None  # quantized or not
-    decode_dtype: str | None = None
+    dtype: str | None = None
+    bits: int | None = None  # of quantized weights; 0: not quantized
     keep_trajectory: bool = False
 
 
@@ -77,7 +78,7 @@ class Rerun:
                 keys = self._denoise(items, changes)
             else:
                 keys = self._denoise_all(changes)
-            pictures = self._decode(keys, changes.decode_dtype)
+            pictures = self._decode(keys, changes.dtype)
             return EXIT_SOME_FAILED if self.some_failed else EXIT_DONE, pictures
         except StageFailed as failed:
             return failed.code, []
@@ -152,7 +153,7 @@ class Rerun:
         for item, each in _changed(items, changes, negatives, _largest_seeds(before)):
             if each is not None:
                 keep = changes.keep_trajectory or bool(item.trajectory)
-                wanted.setdefault((each, changes.dtype or item.dtype), keep)
+                wanted.setdefault((each, changed(item.dtype, changes.dtype, changes.bits)), keep)
             elif self._is_whole(item):
                 keys.append(item.key)
             else:
@@ -186,7 +187,8 @@ class Rerun:
             "denoise",
             f"--embeddings={self.run}",
             *self.model,
-            *precision(changes.dtype),
+            *_option("--dtype", changes.dtype),
+            *_option("--quantize", changes.bits),
             *_option("--size", size),
             *_option("--steps", settings.num_inference_steps),
             *_option("--cfg", settings.true_cfg_scale),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from artifacts_schema import disk, store
 from artifacts_schema.errors import Busy, Damaged, Unreadable, UserError, failed_operation
 from artifacts_schema.jobs import STAGES, Ended, Jobs
-from artifacts_schema.manifests import LatentsManifest, Precision
+from artifacts_schema.manifests import Dtype, LatentsManifest
 from artifacts_schema.trajectory import forget_steps
 from orchestrator import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED, plan
 from orchestrator.dispatch import ATTEMPTS, NO_SPACE, RETRY_SECONDS, Dispatcher, Terms
@@ -46,7 +46,8 @@ Notifier = Callable[[Path, Wake], Callable[[], None]]  # wakes whenever somethin
 class Options(NamedTuple):
     terms: Terms
     model: str | None = None
-    dtype: Precision | None = None
+    dtype: Dtype | None = None
+    bits: int | None = None  # of quantized weights; 0: not quantized
     poll: bool = False
     settle: float = SETTLE_SECONDS
 
@@ -70,7 +71,7 @@ class Watch:
         self.takes_in = "encode" in self.stages
         self.jobs = Jobs(outbox)
         self.inbox = Inbox(inbox, options.settle, self.notice)
-        self.intake = Intake(options.model, options.dtype, self.notice)
+        self.intake = Intake(options.model, options.dtype, options.bits, self.notice)
         self.works: dict[str, plan.Work] = {}
         self.over: set[str] = set()  # open jobs that have ended; whoever takes drops in closes them
         self.runs: dict[str, str] = {}  # the names of open jobs' runs

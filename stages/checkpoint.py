@@ -25,6 +25,7 @@ WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SHOWN_NAMES = 3  # of tensors, in an error
 HEADER_SIZE_BYTES = 8  # a safetensors file begins with the size of its header
+NUMBERS = ("BF16", "F16", "F32")  # formats of weights, as safetensors calls them
 CUDA_BACKEND = "mlx_cuda*.dist-info"  # beside MLX's own package
 MAX_PIXELS = 8192 * 8192
 MAX_POSITIONS = 4096  # the reference's RoPE tables end there; the transformer never saw positions beyond
@@ -76,7 +77,7 @@ class Checkpoint:
     def config(self, component: str, kind: type[T], file: str = "config.json") -> T:
         """A component's config as the dataclass its model wants; unknown fields are the checkpoint's own business."""
         path = self.component(component) / file
-        fields = _read_json(path)
+        fields = read_json(path)
         try:
             spellings = getattr(kind, "fields_of", dict)  # a model that knows several spellings brings them to one
             return msgspec.convert(spellings(fields), type=kind)
@@ -108,7 +109,7 @@ class Checkpoint:
         if not path.exists():
             return DEFAULTS
         try:
-            own = msgspec.convert(_read_json(path), type=OwnDefaults)
+            own = msgspec.convert(read_json(path), type=OwnDefaults)
             width, height = parse_size(own.size) if own.size else (DEFAULTS.width, DEFAULTS.height)
             settings = Settings(
                 seeds=DEFAULTS.seeds,
@@ -162,7 +163,7 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     return Checkpoint(name, directory)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -194,7 +195,7 @@ def weight_files(directory: Path) -> list[Path]:
     indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) == 1:
         try:
-            weight_map = _read_json(indexes[0])["weight_map"]
+            weight_map = read_json(indexes[0])["weight_map"]
             expected = {directory / shard for shard in weight_map.values()}
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{indexes[0]} is damaged; download the model again") from None

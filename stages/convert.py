@@ -1,4 +1,4 @@
-"""A checkpoint -> the same with quantized weights: layer by layer, so that no more than one is in memory.
+"""A checkpoint -> the same with quantized weights: layer by layer, so that no more than one is in memory at a time.
 
 Every layer becomes a file of its own, published whole, the index last: what was converted before an interruption is
 there, and is not converted again. A layer's modulation stays as it is: its table is made from full precision.
@@ -14,13 +14,27 @@ from typing import Any, NamedTuple
 
 from artifacts_schema import disk
 from artifacts_schema.errors import UserError
-from stages.checkpoint import INDEX_SUFFIX, Checkpoint, Tensor, open_checkpoint, tensors_of, weight_files
+from stages.checkpoint import (
+    COMPONENTS,
+    INDEX_SUFFIX,
+    NUMBERS,
+    WEIGHTS_SUFFIX,
+    Checkpoint,
+    Tensor,
+    open_checkpoint,
+    read_json,
+    tensors_of,
+    weight_files,
+)
 from stages.measure import Notice, Report
 from stages.memory import gigabytes
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|transformer_blocks)\.(\d+)\.")
 METADATA = "qwen-stage"
-NUMBER_BYTES = 2  # of a scale or a bias, at most 4; for the estimate of the disk that is needed
+NUMBER_BYTES = 4  # of a scale or a bias, at most; for the estimate of the disk that is needed
+RECORD = "converted.json"  # what is written where, in a checkpoint that was converted
+PART_BYTES = 512 << 20  # of what is in no layer: so much goes into one file
+MAX_HEADER_BYTES = 100 << 20
 
 
 class Quantization(NamedTuple):
@@ -46,15 +60,19 @@ def convert(
 ) -> Path:
     """Writes the checkpoint `model` to `target`, the transformer's blocks quantized to `bits` (4 or 8).
 
-    With `text_bits`, the text encoder's layers as well. What stays as it is becomes a hard link, or a copy on another
-    disk. Goes on where an earlier conversion was interrupted. Raises UserError before anything is written.
+    With `text_bits`, the text encoder's layers as well. Weights that stay as they are become hard links, or copies on
+    another disk. Goes on where an earlier conversion was interrupted. Raises UserError for what cannot be converted.
     """
     from stages.weights import GROUP_SIZE
 
     source = open_checkpoint(model)
-    if target.exists() and target.resolve() in (source.directory, *source.directory.parents):
-        raise UserError(f"{target} holds the original; choose another place for the converted one")
+    place = target.resolve()
+    if place.is_relative_to(source.directory) or source.directory.is_relative_to(place):
+        raise UserError(f"{target} lies in the original, or around it; choose another place")
     wanted = {"transformer": bits} | ({} if text_bits is None else {"text_encoder": text_bits})
+    record = _record(source, wanted)
+    _refuse_strangers(target, record)
+    read_json(source.component("transformer") / "config.json")
     components = [
         Component(source, Quantization(name, each, GROUP_SIZE, source.fingerprint(name)), target / name)
         for name, each in wanted.items()
@@ -69,10 +87,12 @@ def convert(
         with disk.lock(target):
             for directory in (target, *(path for path in target.iterdir() if path.is_dir())):
                 disk.sweep(directory)
+            if not (target / RECORD).exists():
+                disk.publish(target, RECORD, record)
             for number, path in enumerate(others, 1):
                 place = target / path.relative_to(source.directory)
                 disk.make_directory(place.parent)
-                disk.bring(path, place)
+                disk.bring(path, place, link=path.suffix == WEIGHTS_SUFFIX)
                 report("take over", number, len(others))
             for component in components:
                 component.write(report, notice)
@@ -96,14 +116,22 @@ class Component:
         self.tensors = tensors_of(self.files)
         if packed := [name for name in self.tensors if name.endswith(".scales")]:
             raise UserError(f"{self.source} is quantized already ({packed[0]}); convert the original")
-        parts: dict[int, list[str]] = defaultdict(list)
-        for name in self.tensors:
-            found = LAYER.search(name)
-            parts[int(found[1]) + 1 if found else 0].append(name)
-        self.parts = [parts[number] for number in sorted(parts)]
-        stem = "model" if quantization.component == "text_encoder" else "diffusion_pytorch_model"
-        self.stem = stem
-        self.names = [f"{stem}-{n:05d}-of-{len(self.parts):05d}.safetensors" for n in range(1, len(self.parts) + 1)]
+        if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in NUMBERS]:
+            kind = self.tensors[odd[0]].dtype
+            raise UserError(f"{self.source}: tensor {odd[0]} is stored as {kind}, which cannot be quantized")
+        layers: dict[int, list[str]] = defaultdict(list)
+        rest: list[list[str]] = [[]]
+        for name, tensor in self.tensors.items():
+            if found := LAYER.search(name):
+                layers[int(found[1])].append(name)
+            elif rest[-1] and sum(self.tensors[each].size for each in rest[-1]) + tensor.size > PART_BYTES:
+                rest.append([name])
+            else:
+                rest[-1].append(name)
+        self.parts = [part for part in (*rest, *(layers[number] for number in sorted(layers))) if part]
+        self.stem = "model" if quantization.component == "text_encoder" else "diffusion_pytorch_model"
+        count = len(self.parts)
+        self.names = [f"{self.stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
         ours = {name for number, name in enumerate(self.names) if self._is_there(number)}
         if strangers := {path.name for path in target.glob("*.safetensors")} - ours:
             raise UserError(
@@ -135,7 +163,7 @@ class Component:
                 disk.publish(self.target, name, to_safetensors(quantized, metadata))
                 del quantized
             report(f"convert {self.quantization.component}", number + 1, len(self.parts))
-        config = json.loads((self.source / "config.json").read_bytes())
+        config = read_json(self.source / "config.json")
         config["quantization"] = {"bits": self.quantization.bits, "group_size": self.quantization.group_size}
         self._put("config.json", config)
         written = tensors_of([self.target / name for name in self.names])
@@ -155,10 +183,12 @@ class Component:
         path = self.target / self.names[number]
         try:
             with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError):
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size)) if size < MAX_HEADER_BYTES else None
+        except (OSError, ValueError, RecursionError):
             return False
-        return header.get("__metadata__") == self.quantization.metadata(number + 1, len(self.parts))
+        said = self.quantization.metadata(number + 1, len(self.parts))
+        return isinstance(header, dict) and header.get("__metadata__") == said
 
     def _bits(self, layer: str) -> int | None:
         """By the name that a layer has in the file."""
@@ -177,8 +207,21 @@ class Component:
         return count * bits // 8 + 2 * NUMBER_BYTES * count // self.quantization.group_size
 
 
+def _record(source: Checkpoint, converted: dict[str, int]) -> bytes:
+    """What is made of what."""
+    components = {name: source.fingerprint(name) for name in COMPONENTS if (source.directory / name).is_dir()}
+    return json.dumps({"bits": converted, "made_from": components}, indent=2).encode()
+
+
+def _refuse_strangers(target: Path, record: bytes) -> None:
+    if (target / RECORD).exists():
+        if (target / RECORD).read_bytes() != record:
+            raise UserError(f"{target} holds another conversion, or one of another model; choose another place")
+    elif target.is_dir() and any(not each.name.startswith(".") for each in target.iterdir()):
+        raise UserError(f"{target} holds something else already; choose another place")
+
+
 def _others(source: Path, converted: set[str]) -> list[Path]:
     """The files of a checkpoint that stay as they are."""
-    top = [path for path in source.iterdir() if path.is_file() and not path.name.startswith(".")]
-    inner = [path for path in source.glob("*/*") if path.is_file() and path.parent.name not in converted]
-    return sorted([*top, *inner])
+    inner = [path for path in source.glob("*/*") if path.parent.name in set(COMPONENTS) - converted]
+    return sorted(path for path in [*source.iterdir(), *inner] if path.is_file() and not path.name.startswith("."))

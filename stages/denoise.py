@@ -100,10 +100,10 @@ def denoise(
     all of that itself. Finished pictures are published one batch at a time and never lost; an unfinished one goes on
     from its last checkpoint and ends as if it had never stopped; with `save_every_step` that is its last step. With
     `stream`, the transformer's blocks are read at every step; None decides by the memory there is, or that `budget`
-    allows in bytes. `dtype` may be quantized, as in bfloat16-q4. Within
-    `deferring()`, when what that yields turns true, the step is finished and saved, then KeyboardInterrupt raised.
-    `preview` is a file that shows the picture as it is being denoised, if something was decoded with the VAE before.
-    Returns the latents directory and what failed, a line each.
+    allows in bytes. `dtype` may be quantized, as in bfloat16-q4. Within `deferring()`, when what that yields turns
+    true, the step is finished and saved, then KeyboardInterrupt raised. `preview` is a file that shows the picture as
+    it is being denoised, if something was decoded with the VAE before. Returns the latents directory and what failed,
+    a line each.
     """
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
     from stages.weights import Loading, load_model, mlx_dtype
@@ -145,18 +145,18 @@ def denoise(
         stream = memory.streams("transformer", weights, max(states), stream, within, notice)
         forget_peak()
         tables = Tables(checkpoint, config, compute, report, notice)
-        tables.prepare([sigmas for sigmas, _ in batches])
+        tables.prepare([sigmas for sigmas, _ in batches], within)
         transformer = load_model(loading, stream=stream, report=report)
         live = Preview.of(preview, checkpoint) if preview else None
         failures, begun = [], 0
         for (sigmas, group), own_states in zip(batches, states, strict=True):
-            memory.bound(weights.streamed if stream else weights.whole, own_states, within)
             watch = Stopwatch(keep_peak=not begun)  # loading may be what takes most
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
             keep = any(job.key in latents.with_steps for job in group)
-            with deferring() as interrupted, live or nullcontext():
+            bounded = memory.bounded(weights.streamed if stream else weights.whole, own_states, within)
+            with bounded, deferring() as interrupted, live or nullcontext():
                 results = _denoise_batch(
                     transformer,
                     sigmas,

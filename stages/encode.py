@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -15,9 +14,6 @@ from artifacts_schema.prompts import Prompt
 from stages import memory
 from stages.checkpoint import Checkpoint, default_dtype
 from stages.measure import Notice, Report, Stopwatch, versions
-
-if TYPE_CHECKING:
-    pass
 
 CODE_VERSION = 1  # raised whenever the same prompt would give other embeddings
 TEMPLATE_PREFIX = (
@@ -198,8 +194,8 @@ def _embed(
     lengths = [[len(todo[text].ids) for text in wave] for wave in waves]
     states = memory.text_states(config, max(max(wave) for wave in lengths), max(sum(wave) for wave in lengths), compute)
     loading = Loading(checkpoint, "text_encoder", TextEncoder, TextEncoderConfig, compute, bits)
-    # a pass over the weights costs no more than loading them; a process that is asked again had better keep them
-    once = len(waves) == 1 and not loading.was_streamed()
+    # a pass over the weights costs no more than loading them, but who is asked again had better keep them
+    once = len(waves) == 1 and not loading.was_loaded()
     within = memory.budget(limit)
     stream = memory.streams("text encoder", loading.weights(), states, stream, within, notice, once=once)
     model = load_model(loading, stream=stream, report=report)

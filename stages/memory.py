@@ -4,6 +4,8 @@ Estimates err on the large side: they were compared with what MLX measured (`ben
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,14 +73,18 @@ def available() -> int:
         import mlx.core as mx
 
         return int(mx.device_info()["free_memory"])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
     if sys.platform == "darwin":
         import mlx.core as mx
 
-        return min(free, int(mx.device_info()["max_recommended_working_set_size"]))
-    return min(free, _left_in_container())
+        return min(system_memory(), int(mx.device_info()["max_recommended_working_set_size"]))
+    return system_memory()
+
+
+def system_memory() -> int:
+    """Bytes that may be taken without swapping, or without more than a container allows."""
+    import psutil
+
+    return min(int(psutil.virtual_memory().available), _left_in_container())
 
 
 def total() -> int:
@@ -112,9 +118,13 @@ def image_states(config: "TransformerConfig", tokens: int, waiting: int, attende
     """Bytes of what passes through the transformer: `tokens` at work in a block, of which one attends to `attended`;
     those `waiting` for it; and the table of its modulation."""
     scores = 0 if _has_gpu() else 2 * config.num_attention_heads * attended**2
-    tables = 2 * steps * 12 * config.num_layers * config.dim
     at_work = config.dim * (BLOCK_ACTIVATIONS * tokens + 2 * waiting) + scores
-    return DTYPE_BYTES[dtype] * (at_work + tables)
+    return DTYPE_BYTES[dtype] * at_work + 2 * table_bytes(config, steps, dtype)
+
+
+def table_bytes(config: "TransformerConfig", steps: int, dtype: str) -> int:
+    """Of a schedule's modulations."""
+    return DTYPE_BYTES[dtype] * steps * (12 * config.num_layers + 2) * config.dim
 
 
 def picture_states(config: "VAEConfig", height: int, width: int, edge: int, dtype: str) -> int:
@@ -142,7 +152,8 @@ def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Bu
     return edge
 
 
-def bound(weights: int, states: int, within: Budget) -> None:
+@contextmanager
+def bounded(weights: int, states: int, within: Budget) -> Iterator[None]:
     """Makes MLX wait for the GPU rather than allocate more than it needs beside weights that are or will be in memory.
 
     A GPU lags behind, and what it has not computed yet takes memory as well: 10 GB and more if nothing holds it back.
@@ -150,7 +161,11 @@ def bound(weights: int, states: int, within: Budget) -> None:
     import mlx.core as mx
 
     enough = weights + BLOCKS_AT_ONCE * states
-    mx.set_memory_limit(max(weights + states, min(enough, within.size - _process_bytes())))
+    before = mx.set_memory_limit(max(weights + states, min(enough, within.size - _process_bytes())))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 def _has_gpu() -> bool:

@@ -5,11 +5,14 @@ bfloat16), so that `denoise` never loads those 6.8 billion parameters: where a t
 """
 
 import io
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from artifacts_schema import cache, keys
+from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import ModulationTable
+from stages import memory
 from stages.checkpoint import Checkpoint
 from stages.measure import Notice, Report
 
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
     from stages.models.transformer import Modulation, TransformerConfig
 
 CODE_VERSION = 1  # raised whenever the same noise levels would give another table
-SCHEDULES_AT_ONCE = 4  # that share one pass over the weights; more would hold too many tables in memory
+SCHEDULES_AT_ONCE = 4  # that share one pass over the weights
+COPIES = 3  # of a table in memory, while it is made and written
 
 Sigmas = tuple[float, ...]  # noise levels: one for each step, then the one after the last
 
@@ -31,12 +35,20 @@ class Tables:
         self, checkpoint: Checkpoint, config: "TransformerConfig", dtype: str, report: Report, notice: Notice
     ) -> None:
         self.checkpoint, self.config, self.dtype, self.report, self.notice = checkpoint, config, dtype, report, notice
+        self.held: dict[Sigmas, Modulation] = {}  # what the cache did not take
 
-    def prepare(self, schedules: list[Sigmas]) -> None:
-        """Makes the tables that are missing, several in one pass over the weights."""
+    def prepare(self, schedules: list[Sigmas], within: memory.Budget) -> None:
+        """Makes the tables that are missing, several in one pass over the weights if there is room for them.
+
+        Raises UserError beyond a promised budget.
+        """
         missing = [sigmas for sigmas in dict.fromkeys(schedules) if not self._find(sigmas)]
-        for start in range(0, len(missing), SCHEDULES_AT_ONCE):
-            self._make(missing[start : start + SCHEDULES_AT_ONCE])
+        while missing:
+            at_once = self._how_many(missing, within)
+            for sigmas, table in self._make(missing[:at_once]):
+                if not self._find(sigmas):  # the cache did not take it
+                    self.held[sigmas] = table
+            missing = missing[at_once:]
 
     def of(self, sigmas: Sigmas) -> "list[Modulation]":
         """One for each step."""
@@ -44,13 +56,27 @@ class Tables:
 
         from stages.models.transformer import Modulation
 
-        if self._find(sigmas):
+        if sigmas not in self.held:
             item = self._item(sigmas)
             content = cache.take(cache.MODULATIONS, item.key, partial(_check, item=item), self.notice)
-            if content is not None:
-                table = Modulation(**mx.load(io.BytesIO(content), format="safetensors"))
+            if content is None:  # damaged or trimmed meanwhile
+                ((_, table),) = self._make([sigmas])
                 return _by_step(table)
-        return _by_step(self._make([sigmas])[0])
+            return _by_step(Modulation(**mx.load(io.BytesIO(content), format="safetensors")))
+        return _by_step(self.held[sigmas])
+
+    def _how_many(self, schedules: list[Sigmas], within: memory.Budget) -> int:
+        from stages.models.transformer import Modulator, TransformerConfig
+        from stages.weights import Loading
+
+        weights = Loading(self.checkpoint, "transformer", Modulator, TransformerConfig, self.dtype).weights()
+        steps = max(len(sigmas) - 1 for sigmas in schedules)
+        table = COPIES * memory.table_bytes(self.config, steps, self.dtype)
+        _, needed = memory.needs(weights, table)
+        if within.promised and needed > within.size:
+            gigabytes = memory.gigabytes
+            raise UserError(f"the table of modulations needs {gigabytes(needed)}, more than {within}; take fewer steps")
+        return max(1, min(SCHEDULES_AT_ONCE, 1 + (within.size - needed) // table))
 
     def _find(self, sigmas: Sigmas) -> bool:
         item = self._item(sigmas)
@@ -67,7 +93,7 @@ class Tables:
         steps, layers, dim = len(sigmas) - 1, self.config.num_layers, self.config.dim
         return ModulationTable(key=key, steps=steps, layers=layers, dim=dim, dtype=self.dtype)
 
-    def _make(self, schedules: list[Sigmas]) -> "list[Modulation]":
+    def _make(self, schedules: list[Sigmas]) -> "Iterator[tuple[Sigmas, Modulation]]":
         """One pass over the weights: each layer is read once, the next one meanwhile."""
         import mlx.core as mx
 
@@ -81,14 +107,13 @@ class Tables:
             modulator.transformer_blocks.after_layer = partial(self.report, "modulation")
         levels = list(dict.fromkeys(sigma for sigmas in schedules for sigma in sigmas[:-1]))
         whole = modulator([model_timestep(sigma, dtype) for sigma in levels], dtype)
-        tables = []
+        mx.eval(whole)
         for sigmas in schedules:
             rows = mx.array([levels.index(sigma) for sigma in sigmas[:-1]])
             table = Modulation(*[part[rows] for part in whole])
             item = self._item(sigmas)
             cache.put(cache.MODULATIONS, item.key, item, to_safetensors(table._asdict()))
-            tables.append(table)
-        return tables
+            yield sigmas, table
 
 
 def model_timestep(sigma: float, compute: "mx.Dtype") -> "mx.array":

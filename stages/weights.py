@@ -28,7 +28,7 @@ GROUP_SIZES = (32, 64, 128)
 BITS = (2, 3, 4, 5, 6, 8)  # that MLX knows
 QUANTIZED_PARTS = ("weight", "scales", "biases")
 
-_loaded: dict["Loading", tuple[bool, Any]] = {}  # the last model, and whether it is streamed
+_loaded: dict[tuple[Any, ...], tuple[bool, Any]] = {}  # the last model by its key, and whether it is streamed
 
 
 class Loading(NamedTuple):
@@ -44,9 +44,13 @@ class Loading(NamedTuple):
     dtype: str
     bits: int | None = None
 
-    def was_streamed(self) -> bool:
-        """Whether this process has streamed it before."""
-        return _loaded.get(self, (False, None))[0]
+    def key(self) -> tuple[Any, ...]:
+        """What tells one model from another: the files may be exchanged for others while a process lasts."""
+        return (*self, self.checkpoint.fingerprint(self.component))
+
+    def was_loaded(self) -> bool:
+        """Whether this process has loaded or streamed it before, and nothing else since."""
+        return self.key() in _loaded
 
     def weights(self) -> Weights:
         """What it takes in memory."""
@@ -59,14 +63,15 @@ def load_model(loading: Loading, *, stream: bool = False, report: Report | None 
 
     The last one is kept: a process that is given one order after the other loads it once.
     """
-    if _loaded.get(loading, (None, None))[0] != stream:
+    key = loading.key()
+    if _loaded.get(key, (None, None))[0] != stream:
         _loaded.clear()  # first: there is room for one
         checkpoint, component, model, config, dtype, bits = loading
         made = model(checkpoint.config(component, config))
         directory = checkpoint.component(component)
         load_weights(made, directory, mlx_dtype(dtype), bits=bits, stream=stream, report=report)
-        _loaded[loading] = (stream, made)
-    return _loaded[loading][1]
+        _loaded[key] = (stream, made)
+    return _loaded[key][1]
 
 
 def weights_of(directory: Path, model: Any, dtype: mx.Dtype, bits: int | None = None) -> Weights:
@@ -76,7 +81,8 @@ def weights_of(directory: Path, model: Any, dtype: mx.Dtype, bits: int | None = 
     if bits and (quantized := [name for name in stored if name.endswith(".scales")]):
         raise UserError(f"{directory} is quantized already ({quantized[0]}); leave out --quantize")
     for name in getattr(model, "ROWS_ON_DISK", ()):
-        del stored[f"{name}.weight"], kept[f"{name}.weight"]
+        stored.pop(f"{name}.weight", None)
+        kept.pop(f"{name}.weight", None)
 
     def size(weights: dict[str, mx.array]) -> int:
         return sum(weight.nbytes for weight in weights.values())
@@ -120,8 +126,6 @@ def load_weights(
     _check(model, weights, directory)
     for name in getattr(model, "ROWS_ON_DISK", ()):
         stored = model.sanitize(tensors_of(files))[f"{name}.weight"]
-        if stored.dtype not in NUMBERS:
-            raise UserError(f"{directory}: tensor {name}.weight is in {stored.dtype}, not in {', '.join(NUMBERS)}")
         del weights[f"{name}.weight"]
         setattr(model, name, RowsOnDisk(stored, dtype))
     model.load_weights(list(weights.items()))
@@ -153,6 +157,7 @@ class Streamed:
         unread = self.unread()
 
         def forget(number: int) -> None:
+            mx.synchronize()  # a task that has just ended may still hold its inputs
             self.layers[number].update(tree_unflatten(list(unread.pop(number).items())))
 
         try:
@@ -228,8 +233,11 @@ def _lazy(files: list[Path], model: Any, dtype: mx.Dtype | None, bits: int | Non
             return weights
         if bits:
             weights = quantized_weights(weights, partial(model.bits_of, bits=bits))
-        is_number = {name: mx.issubdtype(weight.dtype, mx.floating) for name, weight in weights.items()}
-        return {name: weight.astype(dtype) if is_number[name] else weight for name, weight in weights.items()}
+        return {name: weight.astype(dtype) if _is_floating(weight) else weight for name, weight in weights.items()}
+
+
+def _is_floating(weight: mx.array) -> bool:
+    return mx.issubdtype(weight.dtype, mx.floating)
 
 
 def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int | None]) -> dict[str, mx.array]:
@@ -237,7 +245,7 @@ def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int
     quantized: dict[str, mx.array] = {}
     for name, weight in weights.items():
         layer, _, kind = name.rpartition(".")
-        is_matrix = weight.ndim == 2 and mx.issubdtype(weight.dtype, mx.floating)
+        is_matrix = weight.ndim == 2 and _is_floating(weight)
         bits = bits_of(layer) if kind == "weight" else None
         if bits and is_matrix and weight.shape[1] % GROUP_SIZE == 0:
             parts = mx.quantize(weight, group_size=GROUP_SIZE, bits=bits)
@@ -254,6 +262,8 @@ def _exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
         packed, scales = weights.get(f"{path}.weight"), weights.get(f"{path}.scales")
         if not isinstance(module, nn.Linear) or packed is None or scales is None:
             return module
+        if packed.dtype != mx.uint32 or packed.ndim != 2 or scales.ndim != 2:
+            raise UserError(f"tensor {path}.weight is {packed.dtype} {packed.shape}, which no quantized weight is")
         outputs, inputs = module.weight.shape
         bits, group_size = 32 * packed.shape[-1] / inputs, inputs / max(1, scales.shape[-1])
         if bits not in BITS or group_size not in GROUP_SIZES:
@@ -283,6 +293,9 @@ def _check(model: nn.Module, weights: dict[str, mx.array], directory: Path) -> N
     if extra := sorted(weights.keys() - wanted.keys()):
         raise UserError(f"{directory} holds tensors its config.json does not account for: {shown(extra)}")
     for name, weight in weights.items():
+        if not _is_floating(weight) and weight.dtype != wanted[name].dtype:  # float8 comes as uint8
+            kind = str(weight.dtype).removeprefix("mlx.core.")
+            raise UserError(f"{directory}: tensor {name} is stored as {kind}, which is not supported")
         if weight.shape != wanted[name].shape:
             raise UserError(
                 f"{directory}: tensor {name} has the wrong shape: {weight.shape} where config.json asks for "
@@ -296,7 +309,8 @@ def _by_layer(weights: dict[str, mx.array], layers: str) -> dict[int, dict[str, 
     for name, weight in weights.items():
         if name.startswith(f"{layers}."):
             number, _, rest = name.removeprefix(f"{layers}.").partition(".")
-            found.setdefault(int(number), {})[rest] = weight
+            if number.isdecimal():
+                found.setdefault(int(number), {})[rest] = weight
     return found
 
 

@@ -1,16 +1,19 @@
 """`qwen-stage models convert`: the same checkpoint, smaller."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import random_models
 from mlx.utils import tree_flatten
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from stages.checkpoint import Checkpoint
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -64,6 +67,8 @@ def test_what_is_not_converted_is_shared(qwen_stage, tmp_path, small_model):
     assert qwen_stage("models", "convert", small_model, "small", "--quantize=8").code == 0
     for path in ("text_encoder/model.safetensors", "scheduler/scheduler_config.json", "model_index.json"):
         assert (tmp_path / "small" / path).read_bytes() == (small_model / path).read_bytes()
+    for path in ("scheduler/scheduler_config.json", "model_index.json"):  # edited by people: copies
+        assert not (tmp_path / "small" / path).samefile(small_model / path)
     weights = [each / "text_encoder/model.safetensors" for each in (tmp_path / "small", small_model)]
     assert weights[0].samefile(weights[1])
 
@@ -93,13 +98,51 @@ def test_a_killed_conversion_goes_on(qwen_stage, tmp_path):
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+def test_another_disk_gets_copies(qwen_stage, tmp_path, small_model, monkeypatch):
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
+    assert qwen_stage("models", "convert", small_model, "small", "--quantize=8").code == 0
+    ours, theirs = (each / "text_encoder/model.safetensors" for each in (tmp_path / "small", small_model))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert not ours.samefile(theirs)
+
+
+def test_conversions_of_two_models_are_not_mixed(qwen_stage, tmp_path, small_model):
+    assert qwen_stage("models", "convert", small_model, "small", "--quantize=4").code == 0
+    shutil.rmtree(tmp_path / "small/transformer")  # as if it had been killed before
+    for arguments in (["demo", "small", "--quantize=4"], [small_model, "small", "--quantize=4", "--quantize-text=4"]):
+        refused = qwen_stage("models", "convert", *arguments)
+        assert refused.code == 2
+        assert "holds another conversion, or one of another model" in refused.err
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32])
+def test_weights_that_are_no_numbers_are_refused(qwen_stage, tmp_path, small_model, kind):
+    """Among them float8, which MLX reads as bytes."""
+    shutil.copytree(small_model, tmp_path / "odd")
+    (path,) = (tmp_path / "odd/transformer").glob("*.safetensors")
+    weights = load_file(path)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    save_file({**weights, name: weights[name].astype(kind)}, path)
+    refused = qwen_stage("models", "convert", "odd", "small", "--quantize=4")
+    assert (refused.code, f"tensor {name} is stored as" in refused.err) == (2, True)
+    (tmp_path / "p.txt").write_text("a")
+    assert qwen_stage("encode", "p.txt", "--model=odd", "--out=run").code == 0
+    refused = qwen_stage("denoise", "--embeddings=run", "--size=32x32")
+    assert (refused.code, f"tensor {name} is stored as" in refused.err) == (2, True)
+
+
 def test_what_cannot_be_converted(qwen_stage, tmp_path, monkeypatch):
     assert qwen_stage("models", "convert", "demo", "small", "--quantize=4").code == 0
     before = files_of(tmp_path / "small")
     for source, target, words in (
         ("small", "smaller", "is quantized already"),
-        ("demo", random_models.TINY, "holds the original"),
-        ("demo", random_models.TINY.parent, "holds the original"),
+        ("demo", random_models.TINY, "lies in the original"),
+        ("demo", random_models.TINY.parent, "lies in the original"),
+        ("demo", random_models.TINY / "transformer", "lies in the original"),
+        ("demo", ".", "holds something else"),
         ("nowhere", "smaller", "no such directory"),
     ):
         refused = qwen_stage("models", "convert", source, target, "--quantize=4")
@@ -107,7 +150,7 @@ def test_what_cannot_be_converted(qwen_stage, tmp_path, monkeypatch):
         assert words in refused.err
     refused = qwen_stage("models", "convert", "demo", "small", "--quantize=8")
     assert refused.code == 2
-    assert "which this conversion did not write" in refused.err
+    assert "holds another conversion" in refused.err
     assert files_of(tmp_path / "small") == before
     assert "6 of 6 files" in qwen_stage("models", "convert", "demo", "small", "--quantize=4").err
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))

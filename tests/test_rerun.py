@@ -73,6 +73,9 @@ def test_quantized_pictures_stay_so_and_stand_beside_others(qwen_stage, run, sma
     like = qwen_stage("run", "--like", run / "images/0005-a-dog-s7.png", "--out=like", f"--model={small_model}")
     assert like.code == 0, like.err
     assert settings(run.parent / "like") == settings(run)[4:]
+    assert len(qwen_stage("rerun", "run", "--item=5", "--dtype=bfloat16").out) == 1
+    assert len(qwen_stage("rerun", "run", "--item=5", "--quantize=none").out) == 1
+    assert [item[5] for item in settings(run)[5:]] == ["bfloat16-q8", "float32"]
     refused = qwen_stage("rerun", "run", "--memory=1MB", "--seed=8")
     assert refused.code == 2
 
