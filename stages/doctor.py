@@ -54,9 +54,9 @@ def diagnose(checkpoint: Checkpoint, settings: Resolved, dtype: str | None, budg
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
-    hopeless = {way.stage for way in ways} - {way.stage for way in ways if way.needs <= within.size}
+    hopeless = [way.stage for way in ways if way.chosen and way.needs > within.size]
     if hopeless:
-        yield f"too little memory for {' and '.join(sorted(hopeless))}: make smaller pictures, or free some memory"
+        yield f"too little memory for {' and '.join(hopeless)}: make smaller pictures, quantize, or free some memory"
 
 
 def _ways(checkpoint: Checkpoint, settings: Resolved, dtype: str, within: Budget) -> Iterator[Way]:

@@ -447,7 +447,7 @@ def test_tables_are_made_one_by_one_where_memory_is_short(golden, own_cache):
         tables(directory, said).prepare([(1.0, 0.1, 0.0)], memory.Budget(1 << 20, True))
 
 
-def test_decode_keeps_to_its_budget(qwen_stage, tmp_path, small_model, monkeypatch):
+def test_decode_keeps_to_its_budget(qwen_stage, tmp_path, small_model, monkeypatch, fresh_cache):
     (tmp_path / "p.txt").write_text("a")
     assert qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}").code == 0
     assert qwen_stage("denoise", "--embeddings=run", "--size=256x256", "--steps=1").code == 0
@@ -457,7 +457,9 @@ def test_decode_keeps_to_its_budget(qwen_stage, tmp_path, small_model, monkeypat
     config = Checkpoint("test", small_model).config("vae", VAEConfig)
     tight = memory.PROCESS_BYTES + memory.picture_states(config, 256, 256, 256, "float32")
     for size, edge in (("1GB", 512), (str(tight), 128)):
+        fresh_cache()
         assert qwen_stage("decode", "run", f"--memory={size}", f"--out={edge}").code == 0
         assert seen[-1] == edge
+    fresh_cache()
     refused = qwen_stage("decode", "run", "--memory=1MB", "--out=none")
     assert (refused.code, "more than --memory 1 MB" in refused.err) == (2, True)

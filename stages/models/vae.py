@@ -16,9 +16,8 @@ from stages.models import tiles
 from stages.models.tiles import Local, Tile
 
 RMS_EPS = 1e-24  # the reference normalizes by max(norm, 1e-12); this only guards the all-zero vector
-SCORE_BYTES = (
-    64 << 20
-)  # of the middle attention's scores at a time; they grow with pixels squared, to 275 GB at 4096x4096
+# of the middle attention's scores at a time; all of them would be 275 GB at 4096x4096
+SCORE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
