@@ -372,7 +372,7 @@ def test_encode_streams_until_it_pays_to_keep_the_layers(qwen_stage, tmp_path, s
     fresh_cache()
     assert read("waves", "--stream") == "streamed"
     fresh_cache()
-    monkeypatch.setattr("stages.memory.available", lambda: 1000)
+    monkeypatch.setattr("stages.memory.budget", lambda limit: memory.Budget(1000, promised=False))
     weights._loaded.clear()
     assert read("scarce") == "streamed"
     runs = [embeddings(tmp_path / name) for name in ("once", "again", "many", "waves", "scarce")]
