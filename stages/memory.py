@@ -1,6 +1,6 @@
 """How much memory a stage needs, told from configs and headers before anything is loaded, and how much there is.
 
-Estimates err on the large side: they were compared with what MLX measured (`benchmarks/memory.py`).
+Estimates are meant to err on the large side; `benchmarks/memory.py` shows what MLX measures.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Linear layers with quantized weights: fast for the many rows of a picture, on every backend."""
+"""Linear layers with quantized weights, for the many rows of a picture."""
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's own, which multiplies with the packed weights; but on Metal alone: elsewhere it unpacks them first.
+    """MLX's own, which multiplies with the packed weights, on Metal; elsewhere it unpacks them first.
 
     With the rows of a picture `quantized_matmul` reaches a fifth of the speed of `dequantize` and a plain product on
     CUDA, and a twentieth of it on CPUs in bfloat16.
