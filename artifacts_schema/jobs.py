@@ -13,13 +13,14 @@ orchestrator that runs that stage, `open/` to the one that takes drops in.
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
+import msgspec
 from msgspec import Meta
 
 from artifacts_schema import disk, store
 from artifacts_schema.errors import Damaged, Unreadable, UserError
-from artifacts_schema.manifests import Dtype, Key, Precision, Record, Sha256
+from artifacts_schema.manifests import Dtype, Key, Precision, Record, Sha256, split
 from artifacts_schema.prompts import Prompt
 
 JOBS = ".jobs"
@@ -29,8 +30,8 @@ MAX_JOB_BYTES = 64 << 20
 JobId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
 
-class Job(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_only=True):
-    """A drop that was taken in: its prompts, and all that they leave open but what the model itself says."""
+class JobV1(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_only=True):
+    """A job as it was before the text encoder could be quantized."""
 
     id: JobId
     run: Annotated[str, Meta(pattern="^[^/\0]+$")]  # its directory in the outbox
@@ -43,10 +44,21 @@ class Job(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_on
     prompts: tuple[Prompt, ...]
     checksum: str = ""
 
+    def upgrade(self) -> "Job":
+        return Job(**msgspec.structs.asdict(self), embeddings_dtype=split(self.dtype)[0])
+
+
+class Job(JobV1, frozen=True, tag="qwen-stage/job/2", kw_only=True):
+    """A drop that was taken in: its prompts, and all that they leave open but what the model itself says."""
+
+    older: ClassVar[tuple[type[Record], ...]] = (JobV1,)
+    embeddings_dtype: Precision
+
 
 class Trouble(Record, frozen=True, tag_field="schema", tag="qwen-stage/trouble/1", kw_only=True):
     """What a stage tried in vain. Written before every attempt, so that a death of the whole machine counts as well."""
 
+    older: ClassVar[tuple[type[Record], ...]] = ()
     attempts: int = 0  # in a row that brought nothing new
     failed: int = 0  # of these, how many somebody saw fail: others may have ended by a power cut
     reached: str = ""  # how far the job was when the last of them began
@@ -56,10 +68,10 @@ class Trouble(Record, frozen=True, tag_field="schema", tag="qwen-stage/trouble/1
     checksum: str = ""
 
 
-class Ended(Record, frozen=True, tag_field="schema", tag="qwen-stage/ended/1", kw_only=True):
-    """How a job ended. `reason` and `log` are for people."""
+class EndedV1(Record, frozen=True, tag_field="schema", tag="qwen-stage/ended/1", kw_only=True):
+    """How a job of version 1 ended."""
 
-    job: Job
+    job: JobV1
     outcome: Literal["done", "failed"]
     at: float  # seconds since the epoch
     pictures: int = 0
@@ -67,8 +79,18 @@ class Ended(Record, frozen=True, tag_field="schema", tag="qwen-stage/ended/1", k
     log: tuple[str, ...] = ()
     checksum: str = ""
 
+    def upgrade(self) -> "Ended":
+        return Ended(**{**msgspec.structs.asdict(self), "job": self.job.upgrade()})
 
-R = TypeVar("R", Job, Trouble, Ended)
+
+class Ended(EndedV1, frozen=True, tag="qwen-stage/ended/2", kw_only=True):
+    """How a job ended. `reason` and `log` are for people."""
+
+    older: ClassVar[tuple[type[Record], ...]] = (EndedV1,)
+    job: Job
+
+
+R = TypeVar("R", bound=Job | Trouble | Ended)
 
 
 class Jobs:
@@ -149,12 +171,15 @@ def _ids(directory: Path) -> list[str]:
 
 
 def _read(path: Path, kind: type[R]) -> R | None:
+    versions: Any = Union[(kind, *kind.older)]
     try:
-        record: Any = store.unseal(disk.read(path, MAX_JOB_BYTES), kind)
+        record: Any = store.unseal(disk.read(path, MAX_JOB_BYTES), versions)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Unreadable(f"{path}: {error.strerror}") from None
     except (ValueError, UserError) as error:
         raise Damaged(f"{path} is damaged: {error}") from None
+    while not isinstance(record, kind):
+        record = record.upgrade()
     return record

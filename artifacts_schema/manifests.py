@@ -95,8 +95,8 @@ class ModulationTable(Record, frozen=True, kw_only=True):
     dtype: str
 
 
-class LatentsItem(Record, frozen=True, kw_only=True):
-    """One picture's final latents: normalized, unpacked, float32 [channels, height / 8, width / 8] in a zarr array."""
+class LatentsItemV2(Record, frozen=True, kw_only=True):
+    """A picture's latents as qwen-stage/latents/1 and /2 had them."""
 
     key: Key
     prompt: str
@@ -121,6 +121,12 @@ class LatentsItem(Record, frozen=True, kw_only=True):
         return f"{self.key}.zarr"
 
 
+class LatentsItem(LatentsItemV2, frozen=True, kw_only=True):
+    """One picture's final latents: normalized, unpacked, float32 [channels, height / 8, width / 8] in a zarr array."""
+
+    embeddings_dtype: Precision | None = None  # None: from before it was recorded
+
+
 class Recipe(Record, frozen=True, kw_only=True):
     """What a PNG says of itself, as JSON under `qwen-stage`: everything needed to make it again."""
 
@@ -134,6 +140,7 @@ class Recipe(Record, frozen=True, kw_only=True):
     true_cfg_scale: float
     model: Annotated[str, Meta(pattern="^[^\0]*$")]
     fingerprints: dict[str, Sha256]
+    embeddings_dtype: Precision | None = None  # None: from before it was recorded
     dtype: Precision
     decode_dtype: Dtype | None = None  # None: from before it was recorded
     latents_key: Key  # rather than a manifest's id: that changes with every picture added beside it
@@ -216,15 +223,25 @@ class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/3", k
 
 class LatentsManifestV1(ManifestV1, frozen=True, tag="qwen-stage/latents/1", kw_only=True):
     kind: ClassVar[str] = "latents"
-    items: tuple[LatentsItem, ...]
+    items: tuple[LatentsItemV2, ...]
+
+    def upgrade(self) -> "LatentsManifestV2":
+        return LatentsManifestV2(**msgspec.structs.asdict(self))
+
+
+class LatentsManifestV2(Manifest, frozen=True, tag="qwen-stage/latents/2", kw_only=True):
+    kind: ClassVar[str] = "latents"
+    items: tuple[LatentsItemV2, ...]
 
     def upgrade(self) -> "LatentsManifest":
-        return LatentsManifest(**msgspec.structs.asdict(self))
+        """Version 2 did not say in which precision the prompts were encoded."""
+        items = tuple(LatentsItem(**msgspec.structs.asdict(item)) for item in self.items)
+        return LatentsManifest(**{**msgspec.structs.asdict(self), "items": items})
 
 
-class LatentsManifest(Manifest, frozen=True, tag="qwen-stage/latents/2", kw_only=True):
+class LatentsManifest(Manifest, frozen=True, tag="qwen-stage/latents/3", kw_only=True):
     kind: ClassVar[str] = "latents"
-    older: ClassVar[tuple[type[ManifestV1], ...]] = (LatentsManifestV1,)
+    older: ClassVar[tuple[type[ManifestV1], ...]] = (LatentsManifestV1, LatentsManifestV2)
     items: tuple[LatentsItem, ...]
 
 

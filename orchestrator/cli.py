@@ -207,7 +207,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     common = [*_option("--model", args.model), *(["--debug"] if args.debug else [])]
     common += _option("--memory", args.memory)
-    streaming = [] if args.stream is None else ["--stream" if args.stream else "--no-stream"]
+    streaming = _streaming(args)
     encoding = [*streaming, *_option("--dtype", args.dtype), *_option("--out", args.out)]
     encoding += _option("--quantize", args.quantize_text)
     encoding += ["--truncate"] if args.truncate else []
@@ -257,6 +257,8 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     args.negative_prompt = recipe.negative_prompt if args.negative_prompt is None else args.negative_prompt
     compute, bits = split(recipe.dtype)
     args.quantize = bits if args.quantize is None else args.quantize
+    _, text_bits = split(recipe.embeddings_dtype or compute)
+    args.quantize_text = text_bits if args.quantize_text is None else args.quantize_text
     args.dtype, args.decode_dtype = args.dtype or compute, args.dtype or recipe.decode_dtype
 
 
@@ -266,7 +268,6 @@ def _rerun(args: argparse.Namespace) -> int:
 
     options = [f"--batch={args.batch}"]
     options += ["--batch-guidance"] if args.batch_guidance else []
-    options += [] if args.stream is None else ["--stream" if args.stream else "--no-stream"]
     more = [seed for seed in args.seed if seed.startswith("+")]
     if more and (len(args.seed) > 1 or int(more[0]) > MOST_MORE_SEEDS):
         raise UserError(f"give either seeds or +N for N more of them, at most +{MOST_MORE_SEEDS}")
@@ -274,8 +275,8 @@ def _rerun(args: argparse.Namespace) -> int:
     changes = Changes(settings, int(more[0]) if more else 0, args.dtype, args.quantize, args.keep_trajectory)
     if args.start == "decode" and (settings != Settings() or more):
         raise UserError("seeds, size, steps and cfg are settings of denoise; rerun with --from denoise")
-    limits = _option("--memory", args.memory)
-    code, pictures = Rerun(args.run, args.model, options, limits, _notice).go(args.start, args.item or [], changes)
+    rerun = Rerun(args.run, args.model, options, _streaming(args), _option("--memory", args.memory), _notice)
+    code, pictures = rerun.go(args.start, args.item or [], changes)
     for picture in pictures:
         print(picture)
     return code
@@ -345,11 +346,10 @@ def _watch(args: argparse.Namespace) -> int:
     outbox = args.out or args.inbox.resolve().parent / "outbox"
     if args.inbox.resolve() in (outbox.resolve(), *outbox.resolve().parents):
         raise UserError(f"{outbox} lies in the inbox; choose another --out")
-    streaming = () if args.stream is None else ("--stream" if args.stream else "--no-stream",)
     limits = tuple(_option("--memory", args.memory))
     min_free = cache.parse_bytes(args.min_free)
-    terms = Terms(stages, args.truncate, args.overlap, args.hang, min_free, args.once, limits, streaming)
-    options = Options(terms, args.model, args.dtype, args.quantize, args.poll, args.settle)
+    terms = Terms(stages, args.truncate, args.overlap, args.hang, min_free, args.once, limits, tuple(_streaming(args)))
+    options = Options(terms, args.model, args.dtype, args.quantize, args.quantize_text, args.poll, args.settle)
     terminal = Terminal(leave=False)
     _announce(args.model, terminal.notice)
     with _deferred_interrupts() as interrupted:
@@ -459,6 +459,10 @@ def _precision(args: argparse.Namespace) -> str | None:
     from stages.checkpoint import default_dtype
 
     return changed(args.dtype or default_dtype(), None, args.quantize) if args.quantize else args.dtype
+
+
+def _streaming(args: argparse.Namespace) -> list[str]:
+    return [] if args.stream is None else ["--stream" if args.stream else "--no-stream"]
 
 
 def _option(name: str, value: object) -> list[str]:
@@ -593,6 +597,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize_help = "the model's weights, as they are read, to so many bits: a smaller model, other pictures"
     add("--quantize", type=_bits, metavar="{4,8,none}", help=quantize_help)
 
+    quantizing_text = argparse.ArgumentParser(add_help=False)
+    text_help = "the same for the text encoder"
+    quantizing_text.add_argument("--quantize-text", type=_bits, metavar="{4,8,none}", help=text_help)
+
     writing = argparse.ArgumentParser(add_help=False, parents=[common])
     writing.add_argument("--out", type=_path, metavar="DIR", help="run directory to write into")
 
@@ -625,13 +633,11 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        parents=[writing, encoding, beginning, denoising, loading],
+        parents=[writing, encoding, beginning, denoising, loading, quantizing_text],
         help="prompts to pictures, all stages",
     )
     run.add_argument("prompts", nargs="*", type=_text, metavar="PROMPT")
     like_help = "a picture of qwen-stage: what is not said otherwise is as it was made"
-    text_help = "the text encoder's weights to so many bits"
-    run.add_argument("--quantize-text", type=int, choices=(4, 8), help=text_help)
     run.add_argument("--like", type=_path, metavar="PNG", help=like_help)
     run.set_defaults(command=_run)
 
@@ -678,7 +684,7 @@ def _parser() -> argparse.ArgumentParser:
     rerun.set_defaults(command=_rerun)
 
     watch = commands.add_parser(
-        "watch", parents=[common, loading], help="pictures of every prompt file put into a folder"
+        "watch", parents=[common, loading, quantizing_text], help="pictures of every prompt file put into a folder"
     )
     add = watch.add_argument
     add("inbox", type=_path, metavar="INBOX", help="where to put .txt, .toml, .jsonl, or a .png to make again")

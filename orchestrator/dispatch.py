@@ -402,12 +402,12 @@ def _command(jobs: Jobs, job: Job, order: plan.Order, terms: Terms, again: bool)
     """An order as a command line of `qwen-stage`; `again`: after an attempt that brought nothing."""
     run = jobs.run(job)
     model = f"--model={job.model}"
-    dtype, *quantize = precision(job.dtype)
-    computing = [model, dtype, *terms.limits, *terms.streaming]
+    computing = [model, *terms.limits, *terms.streaming]
     if order.stage == "encode":
+        own = precision(job.embeddings_dtype)
         truncate = ["--truncate"] if terms.truncate else []
         entries = to_jsonl([Entry.of(prompt) for prompt in job.prompts]).decode()
-        return Order(["encode", "-", "--format=jsonl", f"--out={run}", *computing, *truncate], entries)
+        return Order(["encode", "-", "--format=jsonl", f"--out={run}", *computing, *own, *truncate], entries)
     if order.stage == "denoise":
         save = ["--save-every-step"] if again else []
         wanted = to_jsonl(list(order.pictures)).decode()
@@ -417,7 +417,7 @@ def _command(jobs: Jobs, job: Job, order: plan.Order, terms: Terms, again: bool)
                 f"--embeddings={run}",
                 "--items=-",
                 *computing,
-                *quantize,
+                *precision(job.dtype),
                 f"--preview={jobs.preview(job.id)}",
                 *save,
             ],

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from artifacts_schema import disk, keys
 from artifacts_schema.errors import Unreadable, UserError
 from artifacts_schema.jobs import Ended, Job
-from artifacts_schema.manifests import Dtype, Recipe, Settings, changed
+from artifacts_schema.manifests import Dtype, Precision, Recipe, Settings, changed, split
 from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts, resolve
 from orchestrator.inbox import Claim
 from orchestrator.inspect import read_recipe
@@ -36,6 +36,7 @@ class Intake(NamedTuple):
     model: str | None
     dtype: Dtype | None
     bits: int | None  # of quantized weights; 0: not quantized
+    text_bits: int | None  # the same for the text encoder
     notice: Notice
 
     def job(self, claim: Claim, is_taken: Callable[[str], bool]) -> Job:
@@ -66,6 +67,7 @@ class Intake(NamedTuple):
             source=source,
             sha256=sha256,
             model=checkpoint.name,
+            embeddings_dtype=self._embeddings_dtype(recipe),
             dtype=changed(recipe.dtype if recipe else default_dtype(), self.dtype, self.bits),
             decode_dtype=(recipe.decode_dtype if recipe else None) or DEFAULT_DTYPE,
             priority=max(prompt.priority for prompt in prompts),
@@ -80,11 +82,16 @@ class Intake(NamedTuple):
             source=_text(claim.name),
             sha256=UNKNOWN,
             model=self.model or DEMO,
+            embeddings_dtype=self._embeddings_dtype(None),
             dtype=changed(default_dtype(), self.dtype, self.bits),
             decode_dtype=DEFAULT_DTYPE,
             prompts=(),
         )
         return Ended(job=job, outcome="failed", at=time.time(), reason=reason)
+
+    def _embeddings_dtype(self, recipe: Recipe | None) -> Precision:
+        before = recipe and (recipe.embeddings_dtype or split(recipe.dtype)[0])
+        return changed(before or default_dtype(), self.dtype, self.text_bits)
 
     def _checkpoint(self, recipe: Recipe, source: str) -> Checkpoint:
         try:

@@ -68,9 +68,8 @@ def look(jobs: Jobs, job: Job, now: float) -> Work | Ended:
     for stage, trouble in troubles.items():
         if trouble.set_aside:
             return _failed(job, now, done, f"{stage}: {trouble.set_aside}", trouble)
-    loads = dict.fromkeys(("encode", "denoise"), (job.model, str(job.dtype))) | {
-        "decode": (job.model, str(job.decode_dtype))
-    }
+    dtypes = {"encode": job.embeddings_dtype, "denoise": job.dtype, "decode": job.decode_dtype}
+    loads = {stage: (job.model, dtype) for stage, dtype in dtypes.items()}
     if len(items) < len(asked):
         return Work(job.id, job.run, job.priority, 0, 0, 0, loads, {"encode": ()}, _served(run))
     if not to_denoise and not to_decode:

@@ -51,10 +51,13 @@ class Changes(NamedTuple):
 
 
 class Rerun:
-    def __init__(self, run: Path, model: str | None, options: list[str], limits: list[str], notice: Notice) -> None:
-        """`options` go to `denoise` as they are, `limits` to every stage."""
+    def __init__(
+        self, run: Path, model: str | None, options: list[str], streaming: list[str], limits: list[str], notice: Notice
+    ) -> None:
+        """`options` go to `denoise` as they are, `streaming` to `encode` as well, `limits` to every stage."""
         self.run = run
-        self.options = options
+        self.options = [*options, *streaming]
+        self.streaming = streaming
         self.limits = limits
         self.notice = notice
         self.model = [] if model is None else [f"--model={model}"]
@@ -138,6 +141,7 @@ class Rerun:
                 f"--out={self.run}",
                 *model,
                 *precision(own_dtype),
+                *self.streaming,
                 *(["--truncate"] if truncate else []),
                 stdin=to_jsonl([Entry.of(item) for item in items]),
             )

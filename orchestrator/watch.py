@@ -48,6 +48,7 @@ class Options(NamedTuple):
     model: str | None = None
     dtype: Dtype | None = None
     bits: int | None = None  # of quantized weights; 0: not quantized
+    text_bits: int | None = None  # the same for the text encoder
     poll: bool = False
     settle: float = SETTLE_SECONDS
 
@@ -71,7 +72,7 @@ class Watch:
         self.takes_in = "encode" in self.stages
         self.jobs = Jobs(outbox)
         self.inbox = Inbox(inbox, options.settle, self.notice)
-        self.intake = Intake(options.model, options.dtype, options.bits, self.notice)
+        self.intake = Intake(options.model, options.dtype, options.bits, options.text_bits, self.notice)
         self.works: dict[str, plan.Work] = {}
         self.over: set[str] = set()  # open jobs that have ended; whoever takes drops in closes them
         self.runs: dict[str, str] = {}  # the names of open jobs' runs

@@ -208,7 +208,7 @@ def weight_files(directory: Path) -> list[Path]:
         if not path.exists():
             raise UserError(f"{path} is missing; download the model again")
         try:
-            with safe_open(path, framework="numpy") as file:  # reads the header and checks the file's length
+            with safe_open(path, framework="mlx") as file:  # reads the header and checks the file's length
                 names = set(file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); download the model again") from None

@@ -240,6 +240,7 @@ def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
         true_cfg_scale=item.true_cfg_scale,
         model=Path(model.name).name if Path(model.name).is_absolute() else model.name,  # pictures travel, paths do not
         fingerprints=model.fingerprints,
+        embeddings_dtype=item.embeddings_dtype,
         dtype=item.dtype,
         decode_dtype=decode_dtype,
         latents_key=item.key,

@@ -66,6 +66,7 @@ class Job:
     """One picture to make: a prompt, a seed or injected noise, and its settings."""
 
     item: PromptItem
+    embeddings_dtype: str
     settings: Resolved
     seed: int | None
     noise: "mx.array | None"
@@ -155,7 +156,7 @@ def denoise(
             label = f"denoise {begun}/{len(todo)}"
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
             keep = any(job.key in latents.with_steps for job in group)
-            bounded = memory.bounded(weights.streamed if stream else weights.whole, own_states, within)
+            bounded = memory.bounded(weights.streamed if stream else weights.whole, own_states)
             with bounded, deferring() as interrupted, live or nullcontext():
                 results = _denoise_batch(
                     transformer,
@@ -332,13 +333,14 @@ def _jobs(
     dtype: str,
 ) -> list[Job]:
     injected = _load_noise(noise, len(wanted)) if noise else None
-    tokens = {embedding.key: embedding.tokens for embedding in manifest.embeddings}
+    embeddings = {embedding.key: embedding for embedding in manifest.embeddings}
     factor = checkpoint.vae_scale_factor
     jobs = []
     for index, (item, own, seed) in enumerate(wanted):
-        if not {item.prompt_key, item.negative_key} <= tokens.keys():
+        if not {item.prompt_key, item.negative_key} <= embeddings.keys():
             raise UserError(f"the embeddings of {item.prompt!r} are not there; run `qwen-stage encode` again")
-        checkpoint.check_size(own.width, own.height, max(tokens[item.prompt_key], tokens[item.negative_key]))
+        prompt, negative = embeddings[item.prompt_key], embeddings[item.negative_key]
+        checkpoint.check_size(own.width, own.height, max(prompt.tokens, negative.tokens))
         shape = (config.in_channels // 4, own.height // factor, own.width // factor)
         array = injected[index] if injected else None
         if array is not None and array.shape != shape:
@@ -357,7 +359,7 @@ def _jobs(
             "code": CODE_VERSION,
         }
         key = keys.key(determined_by)
-        jobs.append(Job(item, own, None if noise_sha256 else seed, array, noise_sha256, shape, key))
+        jobs.append(Job(item, prompt.dtype, own, None if noise_sha256 else seed, array, noise_sha256, shape, key))
     return list({job.key: job for job in jobs}.values())  # a prompt written twice is one picture
 
 
@@ -534,6 +536,7 @@ def _latents_item(
         height=job.settings.height,
         num_inference_steps=job.settings.steps,
         true_cfg_scale=job.settings.cfg,
+        embeddings_dtype=job.embeddings_dtype,
         dtype=dtype,
         shape=job.shape,
         files=files,

@@ -67,7 +67,7 @@ def _ways(checkpoint: Checkpoint, settings: Resolved, dtype: str, within: Budget
 
     def both(stage: str, weights: Weights, states: int, how_often: str, once: bool, suffix: str = "") -> Iterator[Way]:
         resident, streamed = memory.needs(weights, states)
-        streams = once or resident > within.size
+        streams = memory.had_better_stream(weights, states, within, once)
         yield Way(stage, f"in memory{suffix}", resident, weights.stored, "once", not streams and not suffix)
         yield Way(stage, f"streamed{suffix}", streamed, weights.stored, how_often, streams and not suffix)
 
@@ -100,7 +100,7 @@ def _ways(checkpoint: Checkpoint, settings: Resolved, dtype: str, within: Budget
     for edge in TILES:
         states = memory.picture_states(vae_config, settings.height, settings.width, edge, DEFAULT_DTYPE)
         needs[edge], _ = memory.needs(vae, states)
-    chosen = max((edge for edge in needs if needs[edge] <= within.size), default=min(needs))
+    chosen = memory.largest_tile(needs, within)
     for edge, size in needs.items():
         yield Way("decode", f"tiles of {edge}", size, vae.stored, "once", edge == chosen)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-BLOCKS_AT_ONCE = 2  # of a GPU, where there is room: with one it computes a fifth slower
+HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 TILE_ACTIVATIONS = 18  # numbers for each of a tile's pixels and channels, halo included: a convolution's unfolded input
@@ -39,11 +39,8 @@ class Weights(NamedTuple):
     stored: int  # on disk, all of them
 
     @property
-    def resident(self) -> int:
-        return self.whole + 2 * self.stored_layer
-
-    @property
     def streamed(self) -> int:
+        """What is in memory of them while they are streamed."""
         return self.whole - self.layers + 2 * self.layer + self.stored_layer
 
 
@@ -141,10 +138,10 @@ def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Bu
     `states` are the bytes that the tiles take, by their edges.
     """
     needed = {edge: needs(weights, each)[0] for edge, each in states.items()}
-    fitting = [edge for edge in needed if needed[edge] <= within.size]
-    edge = asked or max(fitting, default=min(needed))
+    largest = largest_tile(needed, within)
+    edge = asked or largest
     if within.promised and needed[edge] > within.size:
-        smaller = f"; --tile {max(fitting)} needs less" if fitting else ""
+        smaller = f"; --tile {largest} needs less" if needed[largest] <= within.size else ""
         raise UserError(
             f"decoding in tiles of {edge} needs {gigabytes(needed[edge])}, more than {within}"
             + (smaller or f"; give it at least {gigabytes(min(needed.values()))}")
@@ -152,16 +149,20 @@ def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Bu
     return edge
 
 
+def largest_tile(needed: dict[int, int], within: Budget) -> int:
+    """Of tiles by their edges and the bytes they need, the largest that fits; the smallest if none does."""
+    return max((edge for edge in needed if needed[edge] <= within.size), default=min(needed))
+
+
 @contextmanager
-def bounded(weights: int, states: int, within: Budget) -> Iterator[None]:
+def bounded(weights: int, states: int) -> Iterator[None]:
     """Makes MLX wait for the GPU rather than allocate more than it needs beside weights that are or will be in memory.
 
     A GPU lags behind, and what it has not computed yet takes memory as well: 10 GB and more if nothing holds it back.
     """
     import mlx.core as mx
 
-    enough = weights + BLOCKS_AT_ONCE * states
-    before = mx.set_memory_limit(max(weights + states, min(enough, within.size - _process_bytes())))
+    before = mx.set_memory_limit(weights + int(HELD_BACK_AT * states))
     try:
         yield
     finally:
@@ -174,12 +175,19 @@ def _has_gpu() -> bool:
 
 def needs(weights: Weights, states: int) -> tuple[int, int]:
     """Bytes that a stage takes whose weights are in memory, and one that streams them."""
-    return _process_bytes() + weights.resident + states, _process_bytes() + weights.streamed + states
+    resident = weights.whole + max(2 * weights.stored_layer, states)  # they are read, and then at work
+    return _process_bytes() + resident, _process_bytes() + weights.streamed + states
 
 
 def _process_bytes() -> int:
     """What a process takes of the memory that models are in."""
     return 0 if has_cuda() else PROCESS_BYTES
+
+
+def had_better_stream(weights: Weights, states: int, within: Budget, once: bool) -> bool:
+    """Where nobody says; `once` as in `streams`."""
+    resident, _ = needs(weights, states)
+    return once or resident > within.size
 
 
 def streams(
@@ -190,7 +198,7 @@ def streams(
     `once` says that streaming costs nothing: the weights are needed for one pass.
     """
     resident, streamed = needs(weights, states)
-    stream = asked if asked is not None else once or resident > within.size
+    stream = had_better_stream(weights, states, within, once) if asked is None else asked
     needed = streamed if stream else resident
     if within.promised and needed > within.size:
         raise UserError(

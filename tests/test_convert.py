@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from artifacts_schema import disk
 from stages.checkpoint import Checkpoint
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
@@ -51,7 +52,8 @@ def test_a_converted_model_is_what_quantize_makes_of_it(qwen_stage, tmp_path, bi
     }  # fmt: skip
     with safe_open(next((tmp_path / "small/transformer").glob("*-00002-of-00006.safetensors")), "numpy") as file:
         said = json.loads(file.metadata()["qwen-stage"])
-    assert (said["bits"], said["part"]) == (bits, "2/6")
+    made_from = Checkpoint("test", random_models.TINY).fingerprint("transformer")
+    assert said == {"bits": bits, "group_size": 64, "made_from": made_from, "part": "2/6"}
 
 
 def test_pictures_of_a_converted_model_are_those_of_the_option(qwen_stage, tmp_path):
@@ -96,6 +98,14 @@ def test_a_killed_conversion_goes_on(qwen_stage, tmp_path):
             break
     assert kills
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_two_conversions_do_not_write_to_one_place(qwen_stage, tmp_path, small_model):
+    (tmp_path / "small").mkdir()
+    with disk.lock(tmp_path / "small"):
+        refused = qwen_stage("models", "convert", small_model, "small", "--quantize=8")
+    assert (refused.code, "another process writes to small" in refused.err) == (2, True)
+    assert [path.name for path in (tmp_path / "small").iterdir()] == [".lock"]
 
 
 def test_another_disk_gets_copies(qwen_stage, tmp_path, small_model, monkeypatch):

@@ -9,7 +9,7 @@ from artifacts_schema.jobs import STAGES, Ended, Job, Jobs, Trouble
 from artifacts_schema.manifests import Settings
 from artifacts_schema.prompts import Prompt
 
-GOLDEN = Path(__file__).parent / "golden" / "jobs"  # written by this version's `Jobs`, from JOB, TROUBLE and ENDED
+GOLDEN = Path(__file__).parent / "golden" / "jobs"  # written by each version's `Jobs`, from JOB, TROUBLE and ENDED
 ID = "18ea143c32e3de93"
 JOB = Job(
     id=ID,
@@ -17,6 +17,7 @@ JOB = Job(
     source="cats.toml",
     sha256="0" * 64,
     model="demo",
+    embeddings_dtype="float32",
     dtype="float32",
     decode_dtype="float32",
     priority=2,
@@ -57,8 +58,9 @@ def read(jobs: Jobs) -> list:
     return [without_checksum(job), without_checksum(jobs.read_trouble(ID, "denoise")), ended]
 
 
-def test_golden_records_of_every_version_can_be_read(jobs):
-    place(jobs, {path.stem: path.read_bytes() for path in GOLDEN.glob("*-1.json")})
+@pytest.mark.parametrize("names", [("job-1", "trouble-1", "ended-1"), ("job-2", "trouble-1", "ended-2")])
+def test_golden_records_of_every_version_can_be_read(jobs, names):
+    place(jobs, {name: (GOLDEN / f"{name}.json").read_bytes() for name in names})
     assert read(jobs) == [JOB, TROUBLE, ENDED]
 
 

@@ -15,7 +15,7 @@ from test_stages import changed
 from artifacts_schema import store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
-from orchestrator import inspect
+from orchestrator import cli, inspect
 
 
 @pytest.fixture
@@ -78,6 +78,34 @@ def test_quantized_pictures_stay_so_and_stand_beside_others(qwen_stage, run, sma
     assert [item[5] for item in settings(run)[5:]] == ["bfloat16-q8", "float32"]
     refused = qwen_stage("rerun", "run", "--memory=1MB", "--seed=8")
     assert refused.code == 2
+
+
+def test_a_quantized_text_encoder_is_part_of_the_recipe(qwen_stage, tmp_path, small_model, monkeypatch):
+    common = ["--size=32x32", "--steps=1", f"--model={small_model}"]
+    assert qwen_stage("run", "a cat", *common, "--quantize-text=8", "--out=run").code == 0
+    (picture,) = (tmp_path / "run/images").glob("*.png")
+    assert inspect.read_recipe(picture).embeddings_dtype == "float32-q8"
+    assert qwen_stage("run", "--like", picture, f"--model={small_model}", "--out=like").code == 0
+    assert (tmp_path / "like/images" / picture.name).read_bytes() == picture.read_bytes()
+    assert (
+        qwen_stage("run", "--like", picture, f"--model={small_model}", "--quantize-text=none", "--out=full").code == 0
+    )
+    assert inspect.read_recipe(tmp_path / "full/images" / picture.name).embeddings_dtype == "float32"
+
+
+def test_all_stages_that_load_layers_are_told_how(run, monkeypatch, fresh_cache):
+    for path in (*run.glob("embeddings/*.safetensors"), *run.glob("latents/*.zarr/c/0/0/0")):
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    fresh_cache()
+    told = {}
+    monkeypatch.setattr(
+        "orchestrator.rerun.stage", lambda name, *options, **_: (told.update({name: options}), (0, []))[1]
+    )
+    assert cli.main(["rerun", str(run), "--no-stream", "--memory=1GB"]) == 0
+    assert told.keys() == {"encode", "denoise", "decode"}
+    assert all("--no-stream" in told[name] for name in ("encode", "denoise"))
+    assert all("--memory=1000000000" in options for options in told.values())
 
 
 def test_more_seeds_of_one_picture(qwen_stage, run):

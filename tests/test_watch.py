@@ -126,17 +126,31 @@ def test_limits_and_quantization_reach_the_stages(tmp_path, small_model):
     shop = Shop(tmp_path, small_model)
     shop.drop("a.jsonl", "one")
     done = subprocess.run(
-        shop.command("--once", "--quantize=4", "--memory=1GB", "--stream"), capture_output=True, text=True, timeout=120
+        shop.command("--once", "--quantize=4", "--quantize-text=8", "--memory=1GB", "--stream"),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == EXIT_DONE, done.stderr
     (ended,) = shop.ended().values()
     assert ended.job.dtype.endswith("-q4")
     latents, _ = store.read_manifest(shop.outbox / "a/latents", LatentsManifest)
     assert latents.items[0].dtype == ended.job.dtype
+    assert latents.items[0].embeddings_dtype == ended.job.embeddings_dtype
+    assert ended.job.embeddings_dtype.endswith("-q8")
     shop.drop("b.jsonl", "two")
     done = subprocess.run(shop.command("--once", "--memory=1MB"), capture_output=True, text=True, timeout=120)
     assert done.returncode == EXIT_SOME_FAILED
     assert "more than --memory 1 MB" in done.stderr
+
+
+def test_a_picture_of_a_quantized_text_encoder_is_made_again(shop, qwen_stage, tmp_path, small_model):
+    common = ["--size=32x32", "--steps=1", f"--model={small_model}"]
+    assert qwen_stage("run", "a cat", *common, "--quantize-text=8", "--out=run").code == 0
+    (picture,) = (tmp_path / "run/images").glob("*.png")
+    (shop.inbox / "same.png").write_bytes(picture.read_bytes())
+    assert shop.watch() == EXIT_DONE
+    assert shop.pictures("same") == {picture.name: picture.read_bytes()}
 
 
 def test_drops_become_runs_and_end_in_done(shop, qwen_stage):

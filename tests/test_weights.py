@@ -102,6 +102,15 @@ def test_streamed_layers_are_two_in_memory(tmp_path):
     assert mx.get_active_memory() - before < 0.5 * layer
 
 
+def test_the_next_layer_is_read_while_one_is_at_work(golden, monkeypatch):
+    model = transformer(golden("demo").checkpoint)
+    layers, asked = list(model.transformer_blocks), []
+    once = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda arrays: (asked.append(arrays), once(arrays))[1])
+    for number, _ in enumerate(weights.ahead(layers, golden("demo").checkpoint)):
+        assert len(asked) == min(number + 2, len(layers))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_weights_that_vanish_while_they_are_read(tmp_path, golden, stream):
     shutil.copytree(golden("demo").checkpoint / "text_encoder", tmp_path / "text_encoder")
@@ -432,6 +441,40 @@ def test_one_pass_makes_the_tables_of_all_pictures_without_a_cache(qwen_stage, t
     sizes = ["--size=32x32", "--steps=2"]
     assert qwen_stage("denoise", "--embeddings=run", *sizes, "--seed", "1", "2", "3").code == 0
     assert len(passes) == 1
+
+
+def test_so_many_tables_share_a_pass_and_each_dtype_has_its_own(golden, own_cache, monkeypatch):
+    directory = golden("demo").checkpoint
+    passes = []
+    once = Tables._make
+    monkeypatch.setattr(Tables, "_make", lambda self, some: (passes.append(len(some)), once(self, some))[1])
+    schedules = [(1.0, 0.1 + i / 10, 0.0) for i in range(6)]
+    plenty = memory.Budget(1 << 34, False)
+    for _ in range(2):  # the second time, all are there
+        for dtype in ("float32", "bfloat16"):
+            config = Checkpoint("test", directory).config("transformer", TransformerConfig)
+            made = Tables(Checkpoint("test", directory), config, dtype, lambda *_: None, print)
+            made.prepare(schedules, plenty)
+            assert made.of(schedules[0])[0].img.dtype == weights.mlx_dtype(dtype)
+    assert passes == [4, 2, 4, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_mlx_is_held_back_while_denoising(qwen_stage, tmp_path, small_model, monkeypatch, stream):
+    """Beside the weights there is room for what is at work, and no more; afterwards all is as it was."""
+    (tmp_path / "p.txt").write_text("a")
+    assert qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}").code == 0
+    limits, states = [], []
+    limit, estimate = mx.set_memory_limit, memory.image_states
+    monkeypatch.setattr(mx, "set_memory_limit", lambda size: (limits.append(size), limit(size))[1])
+    monkeypatch.setattr(memory, "image_states", lambda *sizes: (states.append(estimate(*sizes)), states[-1])[1])
+    before = mx.set_memory_limit(1 << 40)
+    how = "--stream" if stream else "--no-stream"
+    assert qwen_stage("denoise", "--embeddings=run", "--size=64x64", "--steps=1", how).code == 0
+    told = weights_of(small_model / "transformer", QwenImageTransformer2DModel, mx.float32)
+    held = told.streamed if stream else told.whole
+    assert limits == [1 << 40, held + int(memory.HELD_BACK_AT * states[-1]), 1 << 40]
+    limit(before)
 
 
 def test_tables_are_made_one_by_one_where_memory_is_short(golden, own_cache):
