@@ -36,12 +36,14 @@ from artifacts_schema.prompts import Prompt
 from stages.checkpoint import open_checkpoint, weight_files
 from stages.denoise import guided
 from stages.encode import encode
+from stages.models.kernels import modulated_norm
 from stages.models.transformer import (
-    ImageTextRotary,
     Modulation,
     Modulator,
+    Norm,
     QwenImageTransformer2DModel,
     QwenImageTransformerBlock,
+    Stream,
     Text,
     TransformerConfig,
     pack_latents,
@@ -185,8 +187,8 @@ class Demo:
         for key in ("prompt_key", "negative_key"):
             packed = [read[getattr(items[case["prompt"]], key)]["prompt_embeds"] for case in self.cases]
             lengths = [len(each) for each in packed]
-            rotary = model.pos_embed(self.side // 2, self.side // 2, lengths)
-            texts.append(Text(mx.concatenate(packed).astype(mx.float32), lengths, rotary))
+            side = self.side // 2
+            texts.append(model.text(mx.concatenate(packed).astype(mx.float32), lengths, side, side))
         return texts
 
     def models(self, bits_of: BitsOf) -> Models:
@@ -357,8 +359,7 @@ class Blocks:
         self.config = TransformerConfig(**{**full_size.TRANSFORMER, "num_attention_heads": heads, "num_layers": 1})
         dim, keys = self.config.dim, iter(mx.random.split(mx.random.key(0), 1000 * blocks))
         model = QwenImageTransformer2DModel(self.config)
-        rotary: ImageTextRotary = model.pos_embed(16, 16, [64])
-        self.text = Text(mx.zeros(0), [64], rotary)
+        self.text = Text(mx.zeros(0), [64], model.pos_embed(16, 16, [64]))
         self.img = mx.random.normal((1, 256, dim), key=next(keys))
         self.txt = mx.random.normal((64, dim), key=next(keys))
         self.modulation = 0.3 * mx.random.normal((blocks, 2, 6 * dim), key=next(keys))
@@ -374,14 +375,16 @@ class Blocks:
 
     def added(self, bits_of: BitsOf, **form: Any) -> tuple[mx.array, mx.array]:
         """What the blocks add to both streams, with a first axis of one."""
-        img, txt = self.img, self.txt
+        norms = [[Norm(*mod.split(6)[:2]) for mod in mods] for mods in self.modulation]
+        norms.append([Norm(mx.zeros(self.config.dim), mx.zeros(self.config.dim))] * 2)
+        img, txt = (Stream(x, modulated_norm(x, *norm)) for x, norm in zip((self.img, self.txt), norms[0], strict=True))
         block = QwenImageTransformerBlock(self.config)
         for number, own in enumerate(self.weights):
             made = quantized(own, bits_of, **form)
             block.load_weights([(class_of(name), weight) for name, weight in made.items()])
-            img, txt = block(img, txt, *self.modulation[number], self.text)
+            img, txt = block(img, txt, self.text, *self.modulation[number], norms[number + 1])
             mx.eval(img, txt)
-        return img - self.img, (txt - self.txt)[None]
+        return img.x - self.img, (txt.x - self.txt)[None]
 
     def errors(self, true: tuple[mx.array, mx.array], bits_of: BitsOf, **form: Any) -> list[str]:
         made = self.added(bits_of, **form)

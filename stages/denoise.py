@@ -455,7 +455,7 @@ def _denoise_batch(
     import mlx.core as mx
     import numpy as np
 
-    from stages.models.transformer import Text, pack_latents, unpack_latents
+    from stages.models.transformer import pack_latents, unpack_latents
 
     settings = jobs[0].settings
     _, height, width = jobs[0].shape
@@ -477,8 +477,7 @@ def _denoise_batch(
     texts = []
     for packed in prompt_embeds:
         txt_seq_lens = [each.shape[0] for each in packed]
-        rotary = transformer.pos_embed(height // 2, width // 2, txt_seq_lens)
-        texts.append(Text(mx.concatenate(packed).astype(compute), txt_seq_lens, rotary))
+        texts.append(transformer.text(mx.concatenate(packed).astype(compute), txt_seq_lens, height // 2, width // 2))
 
     steps = settings.steps
     step_done(start, steps)

@@ -24,7 +24,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
-TILE_ACTIVATIONS = 18  # numbers for each of a tile's pixels and channels, halo included: a convolution's unfolded input
+# numbers for each of a tile's pixels and channels, halo included: on CPUs, a convolution's unfolded input
+TILE_ACTIVATIONS = 7 if has_cuda() else 18
 CGROUP = Path("/sys/fs/cgroup")
 WORTH_A_LINE = 1 << 30  # bytes of weights: how small models are held needs no word
 

@@ -20,7 +20,7 @@ from artifacts_schema.errors import Unreadable, UserError
 from stages.checkpoint import Checkpoint, Tensor, has_cuda, shown, tensors_of, weight_files
 from stages.measure import Report
 from stages.memory import Weights
-from stages.models.quantized import QuantizedLinear
+from stages.models.linear import QuantizedLinear
 
 if has_cuda():  # a GPU lags behind by buffers of so many operations, whose memory is held: few cost no time there
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "8")
@@ -125,7 +125,7 @@ def load_weights(
         return _lazy(files, model, dtype, bits)
 
     weights = unread()
-    _exchange_quantized(model, weights)
+    exchange_quantized(model, weights)
     _check(model, weights, directory)
     for name in getattr(model, "ROWS_ON_DISK", ()):
         stored = model.sanitize(tensors_of(files))[f"{name}.weight"]
@@ -258,7 +258,7 @@ def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int
     return quantized
 
 
-def _exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
+def exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
     """Exchanges the model's layers for quantized ones where the weights are; bits and groups are told by shapes."""
 
     def exchanged(path: str, module: nn.Module) -> nn.Module:

@@ -15,7 +15,6 @@ from stages.models.transformer import (
     Modulation,
     Modulator,
     QwenImageTransformer2DModel,
-    Text,
     TransformerConfig,
     pack_latents,
     unpack_latents,
@@ -54,7 +53,7 @@ def test_transformer(golden, name):
     noise = mx.array(random_models.noise(len(case["prompts"]), h, w, case["seed"]))
     embeds = [expected[f"prompt_embeds.{i}"] for i in range(len(case["prompts"]))]
     lengths = [len(each) for each in embeds]
-    text = Text(mx.array(np.concatenate(embeds)), lengths, model.pos_embed(h // 2, w // 2, lengths))
+    text = model.text(mx.array(np.concatenate(embeds)), lengths, h // 2, w // 2)
     modulator = load(Modulator, TransformerConfig, directory, "transformer")
     modulation = Modulation(*[part[0] for part in modulator([mx.array(0.625)], mx.float32)])
     assert_close(model(pack_latents(noise), [text], modulation)[0], expected["velocity"])

@@ -18,7 +18,7 @@ from artifacts_schema.errors import UserError
 from stages import memory, weights
 from stages.checkpoint import Checkpoint, tensors_of, weight_files
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
-from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, Text, TransformerConfig
+from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import VAEConfig
 from stages.modulation import Tables
 from stages.weights import RowsOnDisk, Streamed, load_weights, weights_of
@@ -53,7 +53,7 @@ def velocities(model, directory, seed, dtype=mx.float32):
     texts = []
     for lengths in ([3, 5], [1, 2, 7, 4]):
         embeds = mx.array(draw.standard_normal((sum(lengths), model.config.joint_attention_dim)), dtype)
-        texts.append(Text(embeds, lengths, model.pos_embed(3, 4, lengths)))
+        texts.append(model.text(embeds, lengths, 3, 4))
     return model(latents, texts, modulation(directory, 0.4, dtype))
 
 

@@ -50,7 +50,7 @@ def part(layers: Sequence[Local], x: mx.array, tile: Tile) -> mx.array:
     source = last.source(tile)
     made = last.layer(part(below, x, source))
     made = mx.contiguous(made[:, _within(tile.y, source.y, last.scale), _within(tile.x, source.x, last.scale)])
-    mx.eval(made)  # a layer at a time: a graph of several would keep more than two layers' pixels alive
+    settle(made)  # a layer at a time: a graph of several would keep more than two layers' pixels alive
     return made
 
 
@@ -60,6 +60,13 @@ def whole(layers: Sequence[Local], x: mx.array, edge: int) -> mx.array:
     for y in _spans(x.shape[1], edge):
         rows.append(mx.concatenate([part(layers, x, Tile(y, along)) for along in _spans(x.shape[2], edge)], axis=2))
     return mx.concatenate(rows, axis=1)
+
+
+def settle(*arrays: mx.array) -> None:
+    """Computes arrays now, so that what they were made of can go. Not on CUDA: there MLX's memory limit sees to that,
+    and the GPU would stand still meanwhile."""
+    if not mx.cuda.is_available():
+        mx.eval(arrays)
 
 
 def _spans(size: int, edge: int) -> list[slice]:

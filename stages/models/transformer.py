@@ -9,13 +9,14 @@ then run over all tokens at once, attention runs per image, and no mask exists a
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-NORM_EPS = 1e-6
+from stages.models import kernels
+from stages.models.kernels import NORM_EPS, Heads, ImageTextRotary, Rotary, modulated_norm
+
 ROPE_THETA = 10_000
 TIME_PROJ_DIM = 256
 TIME_SCALE = 1000
@@ -56,28 +57,24 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
-class Rotary(NamedTuple):
-    """One stream's angles on the unit circle, [tokens, 1, head_dim / 2], complex64."""
-
-    turns: mx.array
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Rotates the interleaved pairs of x [..., tokens, heads, head_dim], in float32 as the reference does."""
-        rotated = x.astype(mx.float32).view(mx.complex64) * self.turns
-        return rotated.view(mx.float32).astype(x.dtype)
-
-
-class ImageTextRotary(NamedTuple):
-    img: Rotary
-    txt: Rotary
-
-
 class Text(NamedTuple):
-    """The prompts of a batch, packed, and where they and their images stand."""
+    """The prompts of a batch as the first block takes them, packed, and where they and their images stand."""
 
-    encoder_hidden_states: mx.array  # [sum(txt_seq_lens), joint_attention_dim], in the compute dtype
+    hidden_states: mx.array  # [sum(txt_seq_lens), dim], in the compute dtype
     txt_seq_lens: list[int]
     image_rotary_emb: ImageTextRotary
+
+
+class Stream(NamedTuple):
+    """The hidden states of images or texts on their way through the blocks."""
+
+    x: mx.array  # [..., dim]
+    normed: mx.array  # and modulated, for the layer that is next
+
+
+class Norm(NamedTuple):
+    shift: mx.array  # [dim]
+    scale: mx.array
 
 
 class Modulation(NamedTuple):
@@ -117,7 +114,7 @@ class GELU(nn.Module):
         self.proj = nn.Linear(dim_in, dim_out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return nn.gelu_approx(self.proj(x))
+        return kernels.gelu(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -125,16 +122,16 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = [GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)]  # Identity: dropout in training
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.net[2](self.net[0](x))
+    def __call__(self, stream: Stream, gate: mx.array, shift: mx.array, scale: mx.array) -> Stream:
+        """The stream with what this adds to it, normed for what is next."""
+        return Stream(*kernels.gated_norm(stream.x, self.net[2], self.net[0](stream.normed), gate, shift, scale))
 
 
 class JointAttention(nn.Module):
     """Every image attends to its own prompt and itself; prompt tokens come first."""
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int):
+    def __init__(self, dim: int, head_dim: int):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
         self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, NORM_EPS) for _ in range(2))
@@ -142,61 +139,40 @@ class JointAttention(nn.Module):
         self.to_out = [nn.Linear(dim, dim)]
         self.to_add_out = nn.Linear(dim, dim)
 
-    def __call__(
-        self, img: mx.array, txt: mx.array, txt_seq_lens: list[int], rotary: ImageTextRotary
-    ) -> tuple[mx.array, mx.array]:
-        def heads(y: mx.array) -> mx.array:
-            return y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
-
-        img_q = rotary.img(self.norm_q(heads(self.to_q(img))))
-        img_k = rotary.img(self.norm_k(heads(self.to_k(img))))
-        img_v = heads(self.to_v(img))
-        txt_q = rotary.txt(self.norm_added_q(heads(self.add_q_proj(txt))))
-        txt_k = rotary.txt(self.norm_added_k(heads(self.add_k_proj(txt))))
-        txt_v = heads(self.add_v_proj(txt))
-
+    def __call__(self, img: mx.array, txt: mx.array, text: Text) -> tuple[mx.array, mx.array]:
+        """What each attends to, before `to_out` and `to_add_out`: [B, S, dim] and [sum(txt_seq_lens), dim]."""
+        img_heads = Heads(self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
+        txt_heads = Heads(self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
+        joint = kernels.joint_heads(img_heads, img, txt_heads, txt, text.txt_seq_lens, text.image_rotary_emb)
         img_out, txt_out = [], []
-        for i, (end, length) in enumerate(zip(accumulate(txt_seq_lens), txt_seq_lens, strict=True)):
-            own = slice(end - length, end)
-            q, k, v = (
-                mx.concatenate([t[own], x[i]])[None].swapaxes(1, 2)
-                for t, x in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v))
-            )
-            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        for length, (q, k, v) in zip(text.txt_seq_lens, joint, strict=True):
+            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
             out = out.swapaxes(1, 2).flatten(2)[0]
             txt_out.append(out[:length])
             img_out.append(out[length:])
-        return self.to_out[0](mx.stack(img_out)), self.to_add_out(mx.concatenate(txt_out))
-
-
-def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """LayerNorm without affine, then x * (1 + scale) + shift; all tokens share one timestep, so it is one affine."""
-    return mx.fast.layer_norm(x, 1 + scale, shift, NORM_EPS)
+        return mx.stack(img_out), mx.concatenate(txt_out)
 
 
 class QwenImageTransformerBlock(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         dim = config.dim
-        self.attn = JointAttention(dim, config.num_attention_heads, config.attention_head_dim)
+        self.attn = JointAttention(dim, config.attention_head_dim)
         self.img_mlp = FeedForward(dim)
         self.txt_mlp = FeedForward(dim)
 
     def __call__(
-        self, img: mx.array, txt: mx.array, img_mod: mx.array, txt_mod: mx.array, text: Text
-    ) -> tuple[mx.array, mx.array]:
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.split(6)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.split(6)
-        img_attn, txt_attn = self.attn(
-            modulated_norm(img, img_shift1, img_scale1),
-            modulated_norm(txt, txt_shift1, txt_scale1),
-            text.txt_seq_lens,
-            text.image_rotary_emb,
-        )
-        img = img + img_gate1 * img_attn
-        txt = txt + txt_gate1 * txt_attn
-        img = img + img_gate2 * self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
-        txt = txt + txt_gate2 * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
+        self, img: Stream, txt: Stream, text: Text, img_mod: mx.array, txt_mod: mx.array, next_norms: list[Norm]
+    ) -> tuple[Stream, Stream]:
+        """`next_norms` are those that images and texts come to next; without one for texts, they need not go on."""
+        _, _, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.split(6)
+        img_attn, txt_attn = self.attn(img.normed, txt.normed, text)
+        img = Stream(*kernels.gated_norm(img.x, self.attn.to_out[0], img_attn, img_gate1, img_shift2, img_scale2))
+        img = self.img_mlp(img, img_gate2, *next_norms[0])
+        if len(next_norms) > 1:
+            _, _, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.split(6)
+            txt = Stream(*kernels.gated_norm(txt.x, self.attn.to_add_out, txt_attn, txt_gate1, txt_shift2, txt_scale2))
+            txt = self.txt_mlp(txt, txt_gate2, *next_norms[1])
         return img, txt
 
 
@@ -219,14 +195,30 @@ class QwenImageTransformer2DModel(nn.Module):
         hidden_states [B, S, in_channels] in the compute dtype; a text that packs n x B prompts takes the images n times
         over. Returns [n x B, S, in_channels] for each text. All of them pass one block before any passes the next.
         """
+        norms = [[Norm(*mod.split(6)[:2]) for mod in mods] for mods in zip(modulation.img, modulation.txt, strict=True)]
+        scale, shift = modulation.out.split(2)  # the other way round than in the blocks
+        norms.append([Norm(shift, scale)])
         streams = []
         for text in texts:
             images = mx.concatenate([hidden_states] * (len(text.txt_seq_lens) // hidden_states.shape[0]))
-            streams.append((self.img_in(images), self.txt_in(self.txt_norm(text.encoder_hidden_states))))
-        for block, img_mod, txt_mod in zip(self.transformer_blocks, modulation.img, modulation.txt, strict=True):
-            streams = [block(img, txt, img_mod, txt_mod, text) for (img, txt), text in zip(streams, texts, strict=True)]
-        scale, shift = modulation.out.split(2)  # the other way round than in the blocks
-        return [self.proj_out(modulated_norm(img, shift, scale)) for img, _ in streams]
+            begin = zip((self.img_in(images), text.hidden_states), norms[0], strict=True)
+            img, txt = (Stream(x, modulated_norm(x, *norm)) for x, norm in begin)
+            streams.append((img, txt))
+        mods = zip(modulation.img, modulation.txt, norms[1:], strict=True)
+        for block, (img_mod, txt_mod, next_norms) in zip(self.transformer_blocks, mods, strict=True):
+            streams = [
+                block(img, txt, text, img_mod, txt_mod, next_norms)
+                for (img, txt), text in zip(streams, texts, strict=True)
+            ]
+        return [self.proj_out(img.normed) for img, _ in streams]
+
+    def text(self, encoder_hidden_states: mx.array, txt_seq_lens: list[int], height: int, width: int) -> Text:
+        """What is the same at every step about prompts [sum(txt_seq_lens), joint_attention_dim] and the places of
+        images of height x width tokens, computed now."""
+        hidden_states = self.txt_in(self.txt_norm(encoder_hidden_states))
+        text = Text(hidden_states, txt_seq_lens, self.pos_embed(height, width, txt_seq_lens))
+        mx.eval(text)
+        return text
 
     def pos_embed(self, height: int, width: int, txt_seq_lens: list[int]) -> ImageTextRotary:
         """RoPE tables for images of height x width tokens: image positions are centred, prompts start after them."""

@@ -12,12 +12,12 @@ from math import prod
 import mlx.core as mx
 import mlx.nn as nn
 
-from stages.models import tiles
+from stages.models import kernels, tiles
+from stages.models.kernels import RMS_EPS
 from stages.models.tiles import Local, Tile
 
-RMS_EPS = 1e-24  # the reference normalizes by max(norm, 1e-12); this only guards the all-zero vector
 # of the middle attention's scores at a time; all of them would be 275 GB at 4096x4096
-SCORE_BYTES = 64 << 20
+SCORE_BYTES = 256 << 20 if mx.cuda.is_available() else 64 << 20
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,15 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Linear(in_dim, out_dim) if in_dim != out_dim else nn.Identity()
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(nn.silu(self.norm1(x)))
-        mx.eval(h)  # on CPUs a convolution unfolds its input to nine times the size: one at a time
-        return self.conv_shortcut(x) + self.conv2(nn.silu(self.norm2(h)))
+        h = _convolved(kernels.norm_silu(x, self.norm1.gamma), self.conv1)
+        tiles.settle(h)  # on CPUs a convolution unfolds its input to nine times the size: one at a time
+        h = _convolved(kernels.norm_silu(h, self.norm2.gamma, self.conv1.bias), self.conv2)
+        return kernels.sum_of(self.conv_shortcut(x), h, self.conv2.bias)
+
+
+def _convolved(x: mx.array, conv: nn.Conv2d) -> mx.array:
+    """Without the bias, which the kernel that follows adds at no cost."""
+    return mx.conv2d(x, conv.weight, padding=1)
 
 
 class AttentionBlock(nn.Module):
@@ -87,9 +93,9 @@ class AttentionBlock(nn.Module):
         x = x.flatten(1, 2)
         to_q, to_k, to_v = zip(self.to_qkv.weight.split(3), self.to_qkv.bias.split(3), strict=True)
         normed = self.norm(x)
-        mx.eval(normed)
+        tiles.settle(normed)
         k, v = _linear(normed, *to_k), _linear(normed, *to_v)
-        mx.eval(k, v)
+        tiles.settle(k, v)
         del normed
         queries = max(1, SCORE_BYTES // (x.shape[0] * x.shape[1] * x.itemsize))
         chunks = []
@@ -98,7 +104,7 @@ class AttentionBlock(nn.Module):
             # no fused kernel takes heads this wide, so the scores of a chunk become an array
             attended = mx.fast.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=dim**-0.5)
             chunks.append(chunk + self.proj(attended[:, 0]))
-            mx.eval(chunks[-1])
+            tiles.settle(chunks[-1])
         del k, v
         return mx.concatenate(chunks, axis=1).reshape(shape)
 
@@ -130,11 +136,9 @@ class Upsample(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         b, h, w, _ = x.shape
         conv = self.resample[1]
-        kernels = [kernel for rows in _halves(conv.weight, axis=1) for kernel in _halves(rows, axis=2)]
-        made = mx.conv2d(x, mx.concatenate(kernels), padding=1).reshape(b, h + 1, w + 1, 2, 2, -1)
-        quarters = [made[:, i : i + h, j : j + w, i, j] for i in (0, 1) for j in (0, 1)]  # odd rows begin one later
-        doubled = mx.stack(quarters, axis=3).reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
-        return doubled + conv.bias
+        taps = [each for rows in _halves(conv.weight, axis=1) for each in _halves(rows, axis=2)]
+        made = mx.conv2d(x, mx.concatenate(taps), padding=1).reshape(b, h + 1, w + 1, 2, 2, -1)
+        return kernels.doubled(made, conv.bias)
 
 
 def _halves(kernel: mx.array, axis: int) -> list[mx.array]:
@@ -189,7 +193,7 @@ class Decoder(nn.Module):
             yield tile, tiles.part(above, x, tile)
 
     def _rgb(self, x: mx.array) -> mx.array:
-        return self.conv_out(nn.silu(self.norm_out(x)))
+        return self.conv_out(kernels.norm_silu(x, self.norm_out.gamma))
 
 
 class AutoencoderKLQwenImage(nn.Module):

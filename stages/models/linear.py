@@ -1,4 +1,4 @@
-"""Linear layers with quantized weights, for the many rows of a picture."""
+"""Linear layers whose products may be had without the bias: a kernel that follows can add it at no cost."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,8 +15,15 @@ class QuantizedLinear(nn.QuantizedLinear):
         if mx.metal.is_available():
             made: mx.array = super().__call__(x)
             return made
-        weight = mx.dequantize(
-            self["weight"], self["scales"], self["biases"], group_size=self.group_size, bits=self.bits, mode=self.mode
-        )
-        made = x @ weight.T
+        made = product(self, x)
         return made + self["bias"] if "bias" in self else made
+
+
+def product(layer: nn.Linear | QuantizedLinear, x: mx.array) -> mx.array:
+    """What the layer makes of x [..., in] but for its bias: [..., out]."""
+    weight = layer["weight"]
+    if isinstance(layer, QuantizedLinear):
+        weight = mx.dequantize(
+            weight, layer["scales"], layer["biases"], group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+        )
+    return x @ weight.T

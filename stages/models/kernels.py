@@ -1,0 +1,412 @@
+"""What a transformer block does between its matrix products: as plain operations, and for CUDA as three kernels.
+
+Each function is written twice, and says the same twice. The plain operations are what Metal and CPUs run; on CUDA they
+would take a third of a step, most of it for reading and writing the same numbers again and again. A kernel reads them
+once, adds the bias of the product before, computes in float32, and rounds once, at the end.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from stages.models.linear import product
+
+NORM_EPS = 1e-6  # of every norm in the transformer, as in the kernels
+RMS_EPS = 1e-24  # of the VAE's: the reference normalizes by max(norm, 1e-12); this only guards the all-zero vector
+WARP = 32
+HEAD_DIM = 128  # a warp's, four numbers for each of its threads
+AT_ONCE = 8  # numbers for each thread of a row: 16 bytes of bfloat16
+MAX_THREADS = 1024
+BLOCK_THREADS = 256
+
+HEADER = """
+#include <cuda_bf16.h>
+
+template <int N, typename T>
+struct alignas(N * sizeof(T)) Pack { T numbers[N]; };
+
+template <int N, typename T>
+__device__ inline void load(const T* from, float* to) {
+  const Pack<N, T> pack = *reinterpret_cast<const Pack<N, T>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = static_cast<float>(pack.numbers[i]);
+}
+
+template <int N, typename T>
+__device__ inline void store(const float* from, T* to) {
+  Pack<N, T> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.numbers[i] = static_cast<T>(from[i]);
+  *reinterpret_cast<Pack<N, T>*>(to) = pack;
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+  return x;
+}
+"""
+
+HEADS_SOURCE = """
+  const int texts = txt_q_shape[0], tokens = texts + img_q_shape[0];
+  const int lane = threadIdx.x % 32;
+  const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (warp >= tokens * HEADS) return;
+  const int token = warp / HEADS, column = (warp % HEADS) * 128 + 4 * lane;
+  const bool is_text = token < texts;
+  const int own = is_text ? token : token - texts;
+  const size_t from = size_t(own) * HEADS * 128 + column, to = size_t(token) * HEADS * 128 + column;
+
+  float turn[4];  // two angles: their cosine and sine
+  load<4>((is_text ? txt_turns : img_turns) + size_t(own) * 128 + 4 * lane, turn);
+  auto rotated = [&](const T* x, const T* bias, const T* norm, T* out) {
+    float v[4], b[4], w[4];
+    load<4>(x + from, v);
+    load<4>(bias + column, b);
+    load<4>(norm + 4 * lane, w);
+    float squares = 0;
+    for (int i = 0; i < 4; ++i) {
+      v[i] += b[i];
+      squares += v[i] * v[i];
+    }
+    const float scale = rsqrtf(warp_sum(squares) / 128 + 1e-6f);
+    for (int i = 0; i < 4; ++i) v[i] *= scale * w[i];
+    const float turned[4] = {
+        v[0] * turn[0] - v[1] * turn[1], v[0] * turn[1] + v[1] * turn[0],
+        v[2] * turn[2] - v[3] * turn[3], v[2] * turn[3] + v[3] * turn[2]};
+    store<4>(turned, out + to);
+  };
+  if (is_text) {
+    rotated(txt_q, txt_q_bias, txt_q_norm, q);
+    rotated(txt_k, txt_k_bias, txt_k_norm, k);
+  } else {
+    rotated(img_q, img_q_bias, img_q_norm, q);
+    rotated(img_k, img_k_bias, img_k_norm, k);
+  }
+  float value[4], bias[4];
+  load<4>((is_text ? txt_v : img_v) + from, value);
+  load<4>((is_text ? txt_v_bias : img_v_bias) + column, bias);
+  for (int i = 0; i < 4; ++i) value[i] += bias[i];
+  store<4>(value, v + to);
+"""
+
+GATED_NORM_SOURCE = """
+  __shared__ float sums[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = 8 * threadIdx.x;
+  const size_t at = size_t(blockIdx.x) * DIM + column;
+  auto row_sum = [&](float x) {
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < DIM / 256 ? sums[lane] : 0.0f);
+  };
+  float v[8], a[8], b[8], g[8];
+  load<8>(x + at, v);
+  load<8>(y + at, a);
+  load<8>(bias + column, b);
+  load<8>(gate + column, g);
+  float sum = 0;
+  for (int i = 0; i < 8; ++i) {
+    v[i] = static_cast<float>(static_cast<T>(v[i] + g[i] * (a[i] + b[i])));
+    sum += v[i];
+  }
+  store<8>(v, out + at);
+  const float mean = row_sum(sum) / DIM;
+  float squares = 0;
+  for (int i = 0; i < 8; ++i) {
+    v[i] -= mean;
+    squares += v[i] * v[i];
+  }
+  const float inverse = rsqrtf(row_sum(squares) / DIM + 1e-6f);
+  load<8>(scale + column, a);
+  load<8>(shift + column, b);
+  for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse * (1 + a[i]) + b[i];
+  store<8>(v, normed + at);
+"""
+
+GELU_SOURCE = """
+  const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (at >= size_t(x_shape[0]) * COLUMNS) return;
+  float v[8], b[8];
+  load<8>(x + at, v);
+  load<8>(bias + at % COLUMNS, b);
+  for (int i = 0; i < 8; ++i) {
+    v[i] += b[i];
+    const float inner = 1.5957691216057308f * (v[i] + 0.044715f * v[i] * v[i] * v[i]);
+    v[i] /= 1 + __expf(-inner);
+  }
+  store<8>(v, out + at);
+"""
+
+NORM_SILU_SOURCE = """
+  constexpr int PARTS = CHANNELS / 8;
+  __shared__ float sums[1024];
+  const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+  const bool inside = at < size_t(x_shape[0]) * CHANNELS;
+  const int column = 8 * (threadIdx.x % PARTS);
+  float v[8], other[8], squares = 0;
+  if (inside) {
+    load<8>(x + at, v);
+    if (BIASED) load<8>(bias + column, other);
+    for (int i = 0; i < 8; ++i) {
+      if (BIASED) v[i] += other[i];
+      squares += v[i] * v[i];
+    }
+  }
+  sums[threadIdx.x] = squares;
+  __syncthreads();
+  if (!inside) return;
+  const float* own = sums + threadIdx.x / PARTS * PARTS;
+  squares = 0;
+  for (int i = 0; i < PARTS; ++i) squares += own[i];
+  const float scale = rsqrtf(squares / CHANNELS + 1e-24f);
+  load<8>(gamma + column, other);
+  for (int i = 0; i < 8; ++i) {
+    v[i] *= scale * other[i];
+    v[i] /= 1 + __expf(-v[i]);
+  }
+  store<8>(v, out + at);
+"""
+
+SUM_SOURCE = """
+  const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (at >= size_t(x_shape[0]) * CHANNELS) return;
+  float v[8], other[8];
+  load<8>(x + at, v);
+  load<8>(y + at, other);
+  for (int i = 0; i < 8; ++i) v[i] += other[i];
+  load<8>(bias + at % CHANNELS, other);
+  for (int i = 0; i < 8; ++i) v[i] += other[i];
+  store<8>(v, out + at);
+"""
+
+DOUBLED_SOURCE = """
+  constexpr int PARTS = CHANNELS / 8;
+  const int h = x_shape[1] - 1, w = x_shape[2] - 1;
+  const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x, pixel = index / PARTS;
+  const size_t column = 8 * (index % PARTS), row = pixel / (2 * w), image = row / (2 * h);
+  if (image >= x_shape[0]) return;
+  const int across = pixel % (2 * w), down = row % (2 * h), i = down % 2, j = across % 2;
+  const size_t corner = (image * (h + 1) + down / 2 + i) * (w + 1) + across / 2 + j;
+  float v[8], b[8];
+  load<8>(x + ((corner * 2 + i) * 2 + j) * CHANNELS + column, v);
+  load<8>(bias + column, b);
+  for (int i = 0; i < 8; ++i) v[i] += b[i];
+  store<8>(v, out + 8 * index);
+"""
+
+STREAMS = ("img", "txt")
+HEADS_WEIGHTS = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+HEADS_INPUTS = tuple(f"{s}_{part}" for parts in ("qkv", HEADS_WEIGHTS, ("turns",)) for s in STREAMS for part in parts)
+GATED_NORM_INPUTS = ("x", "y", "bias", "gate", "shift", "scale")
+
+
+class Rotary(NamedTuple):
+    """One stream's angles on the unit circle, [tokens, 1, head_dim / 2], complex64."""
+
+    turns: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rotates the interleaved pairs of x [..., tokens, heads, head_dim], in float32 as the reference does."""
+        rotated = x.astype(mx.float32).view(mx.complex64) * self.turns
+        return rotated.view(mx.float32).astype(x.dtype)
+
+
+class ImageTextRotary(NamedTuple):
+    img: Rotary
+    txt: Rotary
+
+
+@cache
+def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Callable[..., Any]:
+    """MLX keeps what it compiled by its name, also on disk: so the source is part of that."""
+    version = hashlib.sha256((HEADER + source).encode()).hexdigest()[:8]
+    made: Callable[..., Any] = mx.fast.cuda_kernel(
+        name=f"{name}_{version}", input_names=inputs, output_names=outputs, source=source, header=HEADER
+    )
+    return made
+
+
+def _is_cuda() -> bool:
+    return bool(mx.cuda.is_available()) and mx.default_device() != mx.Device(mx.cpu)
+
+
+def _runs_on_cuda(dim: int) -> bool:
+    return _is_cuda() and dim % (AT_ONCE * WARP) == 0 and dim <= AT_ONCE * MAX_THREADS
+
+
+class Heads(NamedTuple):
+    """The layers that make one stream's queries, keys and values."""
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    norm_q: nn.RMSNorm
+    norm_k: nn.RMSNorm
+
+    def weights(self) -> list[mx.array]:
+        return [self.q.bias, self.k.bias, self.v.bias, self.norm_q.weight, self.norm_k.weight]
+
+
+def joint_heads(
+    img_heads: Heads, img: mx.array, txt_heads: Heads, txt: mx.array, txt_seq_lens: list[int], rotary: ImageTextRotary
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    """Queries, keys and values, normed and rotated, of each image behind its own prompt: [1, heads, T + S, head_dim].
+
+    img [B, S, dim]; txt [sum(txt_seq_lens), dim], the prompts one after the other.
+    """
+    head_dim = img_heads.norm_q.weight.shape[0]
+    fused = head_dim == HEAD_DIM and _runs_on_cuda(img.shape[-1])
+    made = _kernel_heads if fused else _plain_heads
+    yield from made(img_heads, img, txt_heads, txt, txt_seq_lens, rotary)
+
+
+def _plain_heads(
+    img_heads: Heads, img: mx.array, txt_heads: Heads, txt: mx.array, txt_seq_lens: list[int], rotary: ImageTextRotary
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    def stream(heads: Heads, x: mx.array, turned: Rotary) -> tuple[mx.array, mx.array, mx.array]:
+        q, k, v = (layer(x).reshape(*x.shape[:-1], -1, heads.norm_q.weight.shape[0]) for layer in heads[:3])
+        return turned(heads.norm_q(q)), turned(heads.norm_k(k)), v
+
+    of_images, of_texts = stream(img_heads, img, rotary.img), stream(txt_heads, txt, rotary.txt)
+    for i, own in enumerate(spans(txt_seq_lens)):
+        q, k, v = (
+            mx.concatenate([t[own], x[i]])[None].swapaxes(1, 2) for t, x in zip(of_texts, of_images, strict=True)
+        )
+        yield q, k, v
+
+
+def _kernel_heads(
+    img_heads: Heads, img: mx.array, txt_heads: Heads, txt: mx.array, txt_seq_lens: list[int], rotary: ImageTextRotary
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    dim, dtype = img.shape[-1], img.dtype
+    heads = dim // HEAD_DIM
+    of_images, of_texts = ([product(layer, x) for layer in h[:3]] for h, x in ((img_heads, img), (txt_heads, txt)))
+    weights = [*img_heads.weights(), *txt_heads.weights()]
+    img_turns, txt_turns = (each.turns.view(mx.float32) for each in rotary)
+    kernel = _kernel("joint_heads", HEADS_INPUTS, ("q", "k", "v"), HEADS_SOURCE)
+    for i, own in enumerate(spans(txt_seq_lens)):
+        tokens = own.stop - own.start + img.shape[1]
+        made = kernel(
+            inputs=[*(x[i] for x in of_images), *(t[own] for t in of_texts), *weights, img_turns, txt_turns[own]],
+            template=[("T", dtype), ("HEADS", heads)],
+            grid=(tokens * heads * WARP, 1, 1),
+            threadgroup=(BLOCK_THREADS, 1, 1),
+            output_shapes=[(1, tokens, heads, HEAD_DIM)] * 3,
+            output_dtypes=[dtype] * 3,
+        )
+        q, k, v = (each.swapaxes(1, 2) for each in made)
+        yield q, k, v
+
+
+def gated_norm(
+    x: mx.array, layer: nn.Linear, h: mx.array, gate: mx.array, shift: mx.array, scale: mx.array
+) -> tuple[mx.array, mx.array]:
+    """x + gate * layer(h), and that normed and modulated for the next layer. x [..., dim]; gate, shift, scale [dim]."""
+    dim = x.shape[-1]
+    if not _runs_on_cuda(dim):
+        x = x + gate * layer(h)
+        return x, modulated_norm(x, shift, scale)
+    x, normed = _kernel("gated_norm", GATED_NORM_INPUTS, ("out", "normed"), GATED_NORM_SOURCE)(
+        inputs=[x, product(layer, h), layer.bias, gate, shift, scale],
+        template=[("T", x.dtype), ("DIM", dim)],
+        grid=(x.size // AT_ONCE, 1, 1),
+        threadgroup=(dim // AT_ONCE, 1, 1),
+        output_shapes=[x.shape] * 2,
+        output_dtypes=[x.dtype] * 2,
+    )
+    return x, normed
+
+
+def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """LayerNorm without affine, then x * (1 + scale) + shift; all tokens share one timestep, so it is one affine."""
+    return mx.fast.layer_norm(x, 1 + scale, shift, NORM_EPS)
+
+
+def gelu(layer: nn.Linear, h: mx.array) -> mx.array:
+    """GELU, approximated with tanh, of layer(h) [..., columns]."""
+    if not _runs_on_cuda(h.shape[-1]):
+        return nn.gelu_approx(layer(h))
+    x = product(layer, h)
+    (made,) = _kernel("gelu", ("x", "bias"), ("out",), GELU_SOURCE)(
+        inputs=[x.flatten(0, -2), layer.bias],
+        template=[("T", x.dtype), ("COLUMNS", x.shape[-1])],
+        grid=(x.size // AT_ONCE, 1, 1),
+        threadgroup=(BLOCK_THREADS, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )
+    return made
+
+
+def norm_silu(x: mx.array, gamma: mx.array, bias: mx.array | None = None) -> mx.array:
+    """RMSNorm over the channels of x [B, H, W, C], and of `bias` that x lacks so far; then SiLU."""
+    channels = x.shape[-1]
+    if not _has_kernels(channels):
+        return nn.silu(mx.fast.rms_norm(x if bias is None else x + bias, gamma, RMS_EPS))
+    return _by_channels(
+        "norm_silu",
+        ("x", "gamma", "bias"),
+        NORM_SILU_SOURCE,
+        [x, gamma, gamma if bias is None else bias],
+        [("BIASED", bias is not None)],
+    )
+
+
+def sum_of(x: mx.array, y: mx.array, bias: mx.array) -> mx.array:
+    """x + y + bias, for x and y [B, H, W, C]."""
+    if not _has_kernels(x.shape[-1]):
+        return x + (y + bias)
+    return _by_channels("sum", ("x", "y", "bias"), SUM_SOURCE, [x, y, bias], [])
+
+
+def _has_kernels(channels: int) -> bool:
+    return _is_cuda() and channels % AT_ONCE == 0 and channels <= AT_ONCE * BLOCK_THREADS
+
+
+def _by_channels(
+    name: str, inputs: tuple[str, ...], source: str, arrays: list[mx.array], template: list[tuple[str, Any]]
+) -> mx.array:
+    """A kernel on the first array's pixels, whole ones in every block of threads."""
+    x, channels = arrays[0], arrays[0].shape[-1]
+    parts = channels // AT_ONCE
+    (made,) = _kernel(name, inputs, ("out",), source)(
+        inputs=[each.reshape(-1, channels) if each.ndim > 1 else each for each in arrays],
+        template=[("T", x.dtype), ("CHANNELS", channels), *template],
+        grid=(x.size // AT_ONCE, 1, 1),
+        threadgroup=(BLOCK_THREADS // parts * parts, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )
+    return made
+
+
+def doubled(x: mx.array, bias: mx.array) -> mx.array:
+    """[B, H + 1, W + 1, 2, 2, C] -> [B, 2H, 2W, C]: the pixels at even and odd rows and columns, from their own last
+    dimensions; odd ones begin one later. Then the bias [C]."""
+    b, h, w, channels = x.shape[0], x.shape[1] - 1, x.shape[2] - 1, x.shape[-1]
+    if not _has_kernels(channels):
+        quarters = [x[:, i : i + h, j : j + w, i, j] for i in (0, 1) for j in (0, 1)]
+        rows = mx.stack(quarters, axis=3).reshape(b, h, w, 2, 2, channels).swapaxes(2, 3)
+        return rows.reshape(b, 2 * h, 2 * w, channels) + bias
+    (made,) = _kernel("doubled", ("x", "bias"), ("out",), DOUBLED_SOURCE)(
+        inputs=[x, bias],
+        template=[("T", x.dtype), ("CHANNELS", channels)],
+        grid=(4 * b * h * w * channels // AT_ONCE, 1, 1),
+        threadgroup=(BLOCK_THREADS, 1, 1),
+        output_shapes=[(b, 2 * h, 2 * w, channels)],
+        output_dtypes=[x.dtype],
+    )
+    return made
+
+
+def spans(lengths: list[int]) -> Iterator[slice]:
+    """Where each of so many rows is that are packed one after the other."""
+    for end, length in zip(accumulate(lengths), lengths, strict=True):
+        yield slice(end - length, end)
