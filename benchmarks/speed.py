@@ -152,10 +152,11 @@ def our_decode(work: Work) -> tuple[float, float]:
     vae = randomize(AutoencoderKLQwenImage(VAEConfig(**config)), work.dtype)
     latents = np.random.default_rng(0).standard_normal((16, work.size // 8, work.size // 8), np.float32)
     held = mx.get_active_memory()
-    states = memory.picture_states(vae.config, work.size, work.size, TILES[0], work.dtype)
+    edge = min(work.size, TILES[0])
+    states = memory.picture_states(vae.config, work.size, work.size, edge, work.dtype)
     mx.reset_peak_memory()
     with memory.bounded(held, states):
-        return median_ms(lambda: pixels_of(vae, latents, TILES[0], lambda: None)), mx.get_peak_memory()
+        return median_ms(lambda: pixels_of(vae, latents, edge, lambda: None)), mx.get_peak_memory()
 
 
 def our_encode(work: Work) -> tuple[float, float]:

@@ -37,7 +37,7 @@ CODE_VERSION = 2  # raised whenever the same latents would give other pixels
 DEFAULT_DTYPE: Dtype = "float32"  # also on GPUs: the VAE is small, and rounding shows in flat areas
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # pixels, the edge of what is decoded at a time: halos add 23% to the arithmetic with 512; with 256 they add 50%
-TILES = (1024, 512, 256, 128) if has_cuda() else (512, 256, 128)
+TILES = (2048, 1024, 512, 256, 128) if has_cuda() else (512, 256, 128)
 SMALLEST_TILE = 64  # pixels: here the halos are three quarters of the arithmetic already
 CACHE_BYTES = 256 << 20  # of freed memory that MLX may keep for reuse: two layers of such a tile at full resolution
 SLUG_LENGTH = 40  # characters of the prompt in a file name

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond
+HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond ...
+LEAST_STATES = 768 << 20  # ... nor for less than this: those of small pictures are soon computed
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 # numbers for each of a tile's pixels and channels, halo included: on CPUs, a convolution's unfolded input
-TILE_ACTIVATIONS = 7 if has_cuda() else 18
+TILE_ACTIVATIONS = 13 if has_cuda() else 18
 CGROUP = Path("/sys/fs/cgroup")
 WORTH_A_LINE = 1 << 30  # bytes of weights: how small models are held needs no word
 
@@ -163,7 +164,7 @@ def bounded(weights: int, states: int) -> Iterator[None]:
     """
     import mlx.core as mx
 
-    before = mx.set_memory_limit(weights + int(HELD_BACK_AT * states))
+    before = mx.set_memory_limit(weights + max(int(HELD_BACK_AT * states), LEAST_STATES if has_cuda() else 0))
     try:
         yield
     finally:

@@ -103,3 +103,10 @@ def test_what_the_vae_does_between_its_convolutions(monkeypatch, dtype, channels
         return [*normed, kernels.sum_of(x, y, bias), kernels.doubled(corners, bias)]
 
     assert_same(call(), plainly(monkeypatch, call), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_unpacked(monkeypatch, dtype, bits):
+    layer = nn.QuantizedLinear.from_linear(random_layer(nn.Linear(192, 37), dtype), 64, bits)
+    assert_same([kernels.unpacked(layer)], [plainly(monkeypatch, lambda: kernels.unpacked(layer))], dtype)

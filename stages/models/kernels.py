@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from stages.models.linear import product
-
 NORM_EPS = 1e-6  # of every norm in the transformer, as in the kernels
 RMS_EPS = 1e-24  # of the VAE's: the reference normalizes by max(norm, 1e-12); this only guards the all-zero vector
 WARP = 32
@@ -64,9 +62,12 @@ HEADS_SOURCE = """
 
   float turn[4];  // two angles: their cosine and sine
   load<4>((is_text ? txt_turns : img_turns) + size_t(own) * 128 + 4 * lane, turn);
-  auto rotated = [&](const T* x, const T* bias, const T* norm, T* out) {
-    float v[4], b[4], w[4];
-    load<4>(x + from, v);
+  float query[4], key[4], value[4];  // all are on their way before the first is needed
+  load<4>((is_text ? txt_q : img_q) + from, query);
+  load<4>((is_text ? txt_k : img_k) + from, key);
+  load<4>((is_text ? txt_v : img_v) + from, value);
+  auto rotated = [&](float* v, const T* bias, const T* norm, T* out) {
+    float b[4], w[4];
     load<4>(bias + column, b);
     load<4>(norm + 4 * lane, w);
     float squares = 0;
@@ -81,15 +82,9 @@ HEADS_SOURCE = """
         v[2] * turn[2] - v[3] * turn[3], v[2] * turn[3] + v[3] * turn[2]};
     store<4>(turned, out + to);
   };
-  if (is_text) {
-    rotated(txt_q, txt_q_bias, txt_q_norm, q);
-    rotated(txt_k, txt_k_bias, txt_k_norm, k);
-  } else {
-    rotated(img_q, img_q_bias, img_q_norm, q);
-    rotated(img_k, img_k_bias, img_k_norm, k);
-  }
-  float value[4], bias[4];
-  load<4>((is_text ? txt_v : img_v) + from, value);
+  rotated(query, is_text ? txt_q_bias : img_q_bias, is_text ? txt_q_norm : img_q_norm, q);
+  rotated(key, is_text ? txt_k_bias : img_k_bias, is_text ? txt_k_norm : img_k_norm, k);
+  float bias[4];
   load<4>((is_text ? txt_v_bias : img_v_bias) + column, bias);
   for (int i = 0; i < 4; ++i) value[i] += bias[i];
   store<4>(value, v + to);
@@ -138,10 +133,24 @@ GELU_SOURCE = """
   load<8>(bias + at % COLUMNS, b);
   for (int i = 0; i < 8; ++i) {
     v[i] += b[i];
-    const float inner = 1.5957691216057308f * (v[i] + 0.044715f * v[i] * v[i] * v[i]);
-    v[i] /= 1 + __expf(-inner);
+    const float inner = v[i] * (1.5957691216057308f + 0.07135481627159f * v[i] * v[i]);
+    v[i] = __fdividef(v[i], 1 + __expf(-inner));
   }
   store<8>(v, out + at);
+"""
+
+UNPACK_SOURCE = """
+  const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x;  // of eight numbers: BITS bytes of packed ones
+  if (index >= size_t(packed_shape[0]) * COLUMNS / 8) return;
+  const Pack<BITS / 4, uint32_t> words = reinterpret_cast<const Pack<BITS / 4, uint32_t>*>(packed)[index];
+  const size_t group = 8 * index / GROUP;
+  const float scale = static_cast<float>(scales[group]), bias = static_cast<float>(biases[group]);
+  float v[8];
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t word = words.numbers[i * BITS / 32];
+    v[i] = scale * static_cast<float>((word >> (i * BITS % 32)) & ((1u << BITS) - 1)) + bias;
+  }
+  store<8>(v, out + 8 * index);
 """
 
 NORM_SILU_SOURCE = """
@@ -169,7 +178,7 @@ NORM_SILU_SOURCE = """
   load<8>(gamma + column, other);
   for (int i = 0; i < 8; ++i) {
     v[i] *= scale * other[i];
-    v[i] /= 1 + __expf(-v[i]);
+    v[i] = __fdividef(v[i], 1 + __expf(-v[i]));
   }
   store<8>(v, out + at);
 """
@@ -231,6 +240,12 @@ def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source
         name=f"{name}_{version}", input_names=inputs, output_names=outputs, source=source, header=HEADER
     )
     return made
+
+
+def product(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
+    """What a layer makes of x [..., in] but for its bias: [..., out]."""
+    weight = unpacked(layer) if isinstance(layer, nn.QuantizedLinear) else layer.weight
+    return x @ weight.T
 
 
 def _is_cuda() -> bool:
@@ -404,6 +419,32 @@ def doubled(x: mx.array, bias: mx.array) -> mx.array:
         output_dtypes=[x.dtype],
     )
     return made
+
+
+def unpacked(layer: nn.QuantizedLinear) -> mx.array:
+    """The weight [out, in] of a quantized layer."""
+    packed, scales, biases = layer["weight"], layer["scales"], layer["biases"]
+    bits, group_size = layer.bits, layer.group_size
+    if not (_is_cuda() and bits in (4, 8) and group_size % AT_ONCE == 0):
+        made: mx.array = mx.dequantize(packed, scales, biases, group_size=group_size, bits=bits, mode=layer.mode)
+        return made
+    outputs, inputs = packed.shape[0], scales.shape[1] * group_size
+    (made,) = _kernel("unpacked", ("packed", "scales", "biases"), ("out",), UNPACK_SOURCE)(
+        inputs=[packed, scales, biases],
+        template=[("T", scales.dtype), ("COLUMNS", inputs), ("BITS", bits), ("GROUP", group_size)],
+        grid=(outputs * inputs // AT_ONCE, 1, 1),
+        threadgroup=(BLOCK_THREADS, 1, 1),
+        output_shapes=[(outputs, inputs)],
+        output_dtypes=[scales.dtype],
+    )
+    return made
+
+
+def begin(*arrays: mx.array) -> None:
+    """On CUDA, lets the GPU begin with these while Python goes on to describe what comes next: that takes as long as
+    a small picture's block does."""
+    if _is_cuda():
+        mx.async_eval(arrays)
 
 
 def spans(lengths: list[int]) -> Iterator[slice]:

@@ -1,7 +1,9 @@
-"""Linear layers whose products may be had without the bias: a kernel that follows can add it at no cost."""
+"""Linear layers with quantized weights, for the many rows of a picture."""
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from stages.models.kernels import product
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -17,13 +19,3 @@ class QuantizedLinear(nn.QuantizedLinear):
             return made
         made = product(self, x)
         return made + self["bias"] if "bias" in self else made
-
-
-def product(layer: nn.Linear | QuantizedLinear, x: mx.array) -> mx.array:
-    """What the layer makes of x [..., in] but for its bias: [..., out]."""
-    weight = layer["weight"]
-    if isinstance(layer, QuantizedLinear):
-        weight = mx.dequantize(
-            weight, layer["scales"], layer["biases"], group_size=layer.group_size, bits=layer.bits, mode=layer.mode
-        )
-    return x @ weight.T

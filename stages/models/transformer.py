@@ -210,6 +210,7 @@ class QwenImageTransformer2DModel(nn.Module):
                 block(img, txt, text, img_mod, txt_mod, next_norms)
                 for (img, txt), text in zip(streams, texts, strict=True)
             ]
+            kernels.begin(*(img.normed for img, _ in streams))
         return [self.proj_out(img.normed) for img, _ in streams]
 
     def text(self, encoder_hidden_states: mx.array, txt_seq_lens: list[int], height: int, width: int) -> Text:
