@@ -7,6 +7,7 @@ installed, the same work is timed with them in the same run. Every measurement i
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -145,9 +146,12 @@ def our_decode(work: Work) -> tuple[float, float]:
     import numpy as np
 
     from stages import memory
+    from stages.checkpoint import has_cuda
     from stages.decode import TILES, pixels_of
     from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 
+    if has_cuda():
+        os.environ["MLX_MAX_MB_PER_BUFFER"] = "256"
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in full_size.VAE.items()}
     vae = randomize(AutoencoderKLQwenImage(VAEConfig(**config)), work.dtype)
     latents = np.random.default_rng(0).standard_normal((16, work.size // 8, work.size // 8), np.float32)
@@ -280,6 +284,8 @@ MEASURES = {"ours": ours, "diffusers": diffusers, "mflux": mflux, "rate": rate}
 
 
 def measured(who: str, works: list[Work]) -> list[Any]:
+    if len(kinds := dict.fromkeys(work.what for work in works)) > 1:
+        return [each for kind in kinds for each in measured(who, [work for work in works if work.what == kind])]
     command = [sys.executable, __file__, "--measure", who, json.dumps(works)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:

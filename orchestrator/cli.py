@@ -207,7 +207,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     common = [*_option("--model", args.model), *(["--debug"] if args.debug else [])]
     common += _option("--memory", args.memory)
-    streaming = _streaming(args)
+    streaming = _flag("stream", args.stream)
     encoding = [*streaming, *_option("--dtype", args.dtype), *_option("--out", args.out)]
     encoding += _option("--quantize", args.quantize_text)
     encoding += ["--truncate"] if args.truncate else []
@@ -217,7 +217,7 @@ def _run(args: argparse.Namespace) -> int:
     run = lines[-1]
     denoising = [*streaming, *_option("--dtype", args.dtype), *_option("--quantize", args.quantize)]
     denoising += [f"--batch={args.batch}", *_option("--noise", args.noise)]
-    denoising += ["--batch-guidance"] if args.batch_guidance else []
+    denoising += _flag("batch-guidance", args.batch_guidance)
     denoising += ["--keep-trajectory"] if args.keep_trajectory else []
     denoised, _ = stage("denoise", f"--embeddings={run}", *common, *denoising)
     if denoised not in (EXIT_DONE, EXIT_SOME_FAILED):
@@ -267,7 +267,7 @@ def _rerun(args: argparse.Namespace) -> int:
     from orchestrator.rerun import Changes, Rerun
 
     options = [f"--batch={args.batch}"]
-    options += ["--batch-guidance"] if args.batch_guidance else []
+    options += _flag("batch-guidance", args.batch_guidance)
     more = [seed for seed in args.seed if seed.startswith("+")]
     if more and (len(args.seed) > 1 or int(more[0]) > MOST_MORE_SEEDS):
         raise UserError(f"give either seeds or +N for N more of them, at most +{MOST_MORE_SEEDS}")
@@ -275,7 +275,9 @@ def _rerun(args: argparse.Namespace) -> int:
     changes = Changes(settings, int(more[0]) if more else 0, args.dtype, args.quantize, args.keep_trajectory)
     if args.start == "decode" and (settings != Settings() or more):
         raise UserError("seeds, size, steps and cfg are settings of denoise; rerun with --from denoise")
-    rerun = Rerun(args.run, args.model, options, _streaming(args), _option("--memory", args.memory), _notice)
+    rerun = Rerun(
+        args.run, args.model, options, _flag("stream", args.stream), _option("--memory", args.memory), _notice
+    )
     code, pictures = rerun.go(args.start, args.item or [], changes)
     for picture in pictures:
         print(picture)
@@ -348,7 +350,9 @@ def _watch(args: argparse.Namespace) -> int:
         raise UserError(f"{outbox} lies in the inbox; choose another --out")
     limits = tuple(_option("--memory", args.memory))
     min_free = cache.parse_bytes(args.min_free)
-    terms = Terms(stages, args.truncate, args.overlap, args.hang, min_free, args.once, limits, tuple(_streaming(args)))
+    terms = Terms(
+        stages, args.truncate, args.overlap, args.hang, min_free, args.once, limits, tuple(_flag("stream", args.stream))
+    )
     options = Options(terms, args.model, args.dtype, args.quantize, args.quantize_text, args.poll, args.settle)
     terminal = Terminal(leave=False)
     _announce(args.model, terminal.notice)
@@ -461,8 +465,8 @@ def _precision(args: argparse.Namespace) -> str | None:
     return changed(args.dtype or default_dtype(), None, args.quantize) if args.quantize else args.dtype
 
 
-def _streaming(args: argparse.Namespace) -> list[str]:
-    return [] if args.stream is None else ["--stream" if args.stream else "--no-stream"]
+def _flag(name: str, value: bool | None) -> list[str]:
+    return [] if value is None else [f"--{name}" if value else f"--no-{name}"]
 
 
 def _option(name: str, value: object) -> list[str]:
@@ -616,7 +620,8 @@ def _parser() -> argparse.ArgumentParser:
     cfg_help = "guidance; 1 or less turns it off and halves the time; default: the model's own, or 4.0"
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
     add("--batch", type=_positive, default=1, metavar="N", help="pictures in one pass; default: 1")
-    add("--batch-guidance", action="store_true", help="prompt and negative prompt in one pass")
+    together_help = "prompt and negative prompt in one pass; default: for small pictures on NVIDIA GPUs"
+    add("--batch-guidance", action=argparse.BooleanOptionalAction, help=together_help)
     add("--keep-trajectory", action="store_true", help="keep the latents of every step")
 
     beginning = argparse.ArgumentParser(add_help=False)

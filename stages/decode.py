@@ -1,6 +1,7 @@
 """latents -> PNG: the third stage."""
 
 import io
+import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -91,7 +92,10 @@ def decode(
             from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
             from stages.weights import Loading, load_model
 
-            mx.set_cache_limit(CACHE_BYTES)
+            if has_cuda():  # or eight operations of a large tile, whose memory is held until all are done
+                os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "256")
+            else:
+                mx.set_cache_limit(CACHE_BYTES)
             loading = Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype)
             config, within = checkpoint.config("vae", VAEConfig), memory.budget(budget)
             sizes = {(images.wanted[key].height, images.wanted[key].width) for key in todo}
