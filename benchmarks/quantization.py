@@ -36,11 +36,12 @@ from artifacts_schema.prompts import Prompt
 from stages.checkpoint import open_checkpoint, weight_files
 from stages.denoise import guided
 from stages.encode import encode
-from stages.models.kernels import modulated_norm
+from stages.models.kernels import Norm
 from stages.models.transformer import (
+    SCALE1,
+    SHIFT1,
     Modulation,
     Modulator,
-    Norm,
     QwenImageTransformer2DModel,
     QwenImageTransformerBlock,
     Stream,
@@ -375,9 +376,9 @@ class Blocks:
 
     def added(self, bits_of: BitsOf, **form: Any) -> tuple[mx.array, mx.array]:
         """What the blocks add to both streams, with a first axis of one."""
-        norms = [[Norm(*mod.split(6)[:2]) for mod in mods] for mods in self.modulation]
-        norms.append([Norm(mx.zeros(self.config.dim), mx.zeros(self.config.dim))] * 2)
-        img, txt = (Stream(x, modulated_norm(x, *norm)) for x, norm in zip((self.img, self.txt), norms[0], strict=True))
+        norms = [[Norm(mod, SHIFT1, SCALE1) for mod in pair] for pair in self.modulation]
+        norms.append([Norm(mx.zeros(2 * self.config.dim), 0, 1)] * 2)
+        img, txt = (Stream(x, norm(x)) for x, norm in zip((self.img, self.txt), norms[0], strict=True))
         block = QwenImageTransformerBlock(self.config)
         for number, own in enumerate(self.weights):
             made = quantized(own, bits_of, **form)

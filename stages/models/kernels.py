@@ -51,7 +51,7 @@ __device__ inline float warp_sum(float x) {
 """
 
 HEADS_SOURCE = """
-  const int texts = txt_q_shape[0], tokens = texts + img_q_shape[0];
+  const int texts = txt_turns_shape[0], tokens = texts + img_turns_shape[0];
   const int lane = threadIdx.x % 32;
   const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (warp >= tokens * HEADS) return;
@@ -105,7 +105,7 @@ GATED_NORM_SOURCE = """
   load<8>(x + at, v);
   load<8>(y + at, a);
   load<8>(bias + column, b);
-  load<8>(gate + column, g);
+  load<8>(gates + GATE * DIM + column, g);
   float sum = 0;
   for (int i = 0; i < 8; ++i) {
     v[i] = static_cast<float>(static_cast<T>(v[i] + g[i] * (a[i] + b[i])));
@@ -119,8 +119,8 @@ GATED_NORM_SOURCE = """
     squares += v[i] * v[i];
   }
   const float inverse = rsqrtf(row_sum(squares) / DIM + 1e-6f);
-  load<8>(scale + column, a);
-  load<8>(shift + column, b);
+  load<8>(norms + SCALE * DIM + column, a);
+  load<8>(norms + SHIFT * DIM + column, b);
   for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse * (1 + a[i]) + b[i];
   store<8>(v, normed + at);
 """
@@ -213,23 +213,46 @@ DOUBLED_SOURCE = """
 STREAMS = ("img", "txt")
 HEADS_WEIGHTS = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
 HEADS_INPUTS = tuple(f"{s}_{part}" for parts in ("qkv", HEADS_WEIGHTS, ("turns",)) for s in STREAMS for part in parts)
-GATED_NORM_INPUTS = ("x", "y", "bias", "gate", "shift", "scale")
+GATED_NORM_INPUTS = ("x", "y", "bias", "gates", "norms")
 
 
 class Rotary(NamedTuple):
-    """One stream's angles on the unit circle, [tokens, 1, head_dim / 2], complex64."""
+    """One stream's angles on the unit circle: their cosines and sines in turn, [tokens, 1, head_dim], float32."""
 
     turns: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotates the interleaved pairs of x [..., tokens, heads, head_dim], in float32 as the reference does."""
-        rotated = x.astype(mx.float32).view(mx.complex64) * self.turns
+        rotated = x.astype(mx.float32).view(mx.complex64) * self.turns.view(mx.complex64)
         return rotated.view(mx.float32).astype(x.dtype)
 
 
 class ImageTextRotary(NamedTuple):
     img: Rotary
     txt: Rotary
+
+
+class Part(NamedTuple):
+    """One of the vectors [dim] that a modulation [n * dim] holds. Kernels find it themselves: a slice takes Python
+    about as long as a kernel takes the GPU."""
+
+    modulation: mx.array
+    number: int
+
+    def alone(self, dim: int) -> mx.array:
+        return self.modulation[self.number * dim : (self.number + 1) * dim]
+
+
+class Norm(NamedTuple):
+    """LayerNorm without affine, then x * (1 + scale) + shift; all tokens share one timestep, so it is one affine."""
+
+    modulation: mx.array  # [n * dim], and which of the n they are
+    shift: int
+    scale: int
+
+    def __call__(self, x: mx.array) -> mx.array:
+        shift, scale = (Part(self.modulation, number).alone(x.shape[-1]) for number in self[1:])
+        return mx.fast.layer_norm(x, 1 + scale, shift, NORM_EPS)
 
 
 @cache
@@ -304,12 +327,16 @@ def _kernel_heads(
     heads = dim // HEAD_DIM
     of_images, of_texts = ([product(layer, x) for layer in h[:3]] for h, x in ((img_heads, img), (txt_heads, txt)))
     weights = [*img_heads.weights(), *txt_heads.weights()]
-    img_turns, txt_turns = (each.turns.view(mx.float32) for each in rotary)
+    img_turns, txt_turns = (each.turns for each in rotary)
     kernel = _kernel("joint_heads", HEADS_INPUTS, ("q", "k", "v"), HEADS_SOURCE)
     for i, own in enumerate(spans(txt_seq_lens)):
         tokens = own.stop - own.start + img.shape[1]
+        pair, turns = [*of_images, *of_texts], [img_turns, txt_turns]
+        if len(txt_seq_lens) > 1:
+            pair = [*(x[i] for x in of_images), *(t[own] for t in of_texts)]
+            turns = [img_turns, txt_turns[own]]
         made = kernel(
-            inputs=[*(x[i] for x in of_images), *(t[own] for t in of_texts), *weights, img_turns, txt_turns[own]],
+            inputs=[*pair, *weights, *turns],
             template=[("T", dtype), ("HEADS", heads)],
             grid=(tokens * heads * WARP, 1, 1),
             threadgroup=(BLOCK_THREADS, 1, 1),
@@ -320,28 +347,21 @@ def _kernel_heads(
         yield q, k, v
 
 
-def gated_norm(
-    x: mx.array, layer: nn.Linear, h: mx.array, gate: mx.array, shift: mx.array, scale: mx.array
-) -> tuple[mx.array, mx.array]:
-    """x + gate * layer(h), and that normed and modulated for the next layer. x [..., dim]; gate, shift, scale [dim]."""
+def gated_norm(x: mx.array, layer: nn.Linear, h: mx.array, gate: Part, norm: Norm) -> tuple[mx.array, mx.array]:
+    """x + gate * layer(h), and that normed for the next layer. x [..., dim]."""
     dim = x.shape[-1]
     if not _runs_on_cuda(dim):
-        x = x + gate * layer(h)
-        return x, modulated_norm(x, shift, scale)
+        x = x + gate.alone(dim) * layer(h)
+        return x, norm(x)
     x, normed = _kernel("gated_norm", GATED_NORM_INPUTS, ("out", "normed"), GATED_NORM_SOURCE)(
-        inputs=[x, product(layer, h), layer.bias, gate, shift, scale],
-        template=[("T", x.dtype), ("DIM", dim)],
+        inputs=[x, product(layer, h), layer.bias, gate.modulation, norm.modulation],
+        template=[("T", x.dtype), ("DIM", dim), ("GATE", gate.number), ("SHIFT", norm.shift), ("SCALE", norm.scale)],
         grid=(x.size // AT_ONCE, 1, 1),
         threadgroup=(dim // AT_ONCE, 1, 1),
         output_shapes=[x.shape] * 2,
         output_dtypes=[x.dtype] * 2,
     )
     return x, normed
-
-
-def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """LayerNorm without affine, then x * (1 + scale) + shift; all tokens share one timestep, so it is one affine."""
-    return mx.fast.layer_norm(x, 1 + scale, shift, NORM_EPS)
 
 
 def gelu(layer: nn.Linear, h: mx.array) -> mx.array:

@@ -15,13 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from stages.models import kernels
-from stages.models.kernels import NORM_EPS, Heads, ImageTextRotary, Rotary, modulated_norm
+from stages.models.kernels import NORM_EPS, Heads, ImageTextRotary, Norm, Part, Rotary
 
 ROPE_THETA = 10_000
 TIME_PROJ_DIM = 256
 TIME_SCALE = 1000
 TIME_MAX_PERIOD = 10_000
 PATCH_SIZE = 2
+SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)  # in a block's modulation: of its attention, then of its MLP
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,6 @@ class Stream(NamedTuple):
     normed: mx.array  # and modulated, for the layer that is next
 
 
-class Norm(NamedTuple):
-    shift: mx.array  # [dim]
-    scale: mx.array
-
-
 class Modulation(NamedTuple):
     """What a timestep makes of the blocks: shift, scale and gate of their attention, then of their MLP."""
 
@@ -122,9 +118,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = [GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)]  # Identity: dropout in training
 
-    def __call__(self, stream: Stream, gate: mx.array, shift: mx.array, scale: mx.array) -> Stream:
+    def __call__(self, stream: Stream, gate: Part, norm: Norm) -> Stream:
         """The stream with what this adds to it, normed for what is next."""
-        return Stream(*kernels.gated_norm(stream.x, self.net[2], self.net[0](stream.normed), gate, shift, scale))
+        return Stream(*kernels.gated_norm(stream.x, self.net[2], self.net[0](stream.normed), gate, norm))
 
 
 class JointAttention(nn.Module):
@@ -165,14 +161,16 @@ class QwenImageTransformerBlock(nn.Module):
         self, img: Stream, txt: Stream, text: Text, img_mod: mx.array, txt_mod: mx.array, next_norms: list[Norm]
     ) -> tuple[Stream, Stream]:
         """`next_norms` are those that images and texts come to next; without one for texts, they need not go on."""
-        _, _, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.split(6)
+
+        def second_half(stream: Stream, to_out: nn.Linear, attn: mx.array, mod: mx.array) -> Stream:
+            return Stream(*kernels.gated_norm(stream.x, to_out, attn, Part(mod, GATE1), Norm(mod, SHIFT2, SCALE2)))
+
         img_attn, txt_attn = self.attn(img.normed, txt.normed, text)
-        img = Stream(*kernels.gated_norm(img.x, self.attn.to_out[0], img_attn, img_gate1, img_shift2, img_scale2))
-        img = self.img_mlp(img, img_gate2, *next_norms[0])
+        img = second_half(img, self.attn.to_out[0], img_attn, img_mod)
+        img = self.img_mlp(img, Part(img_mod, GATE2), next_norms[0])
         if len(next_norms) > 1:
-            _, _, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.split(6)
-            txt = Stream(*kernels.gated_norm(txt.x, self.attn.to_add_out, txt_attn, txt_gate1, txt_shift2, txt_scale2))
-            txt = self.txt_mlp(txt, txt_gate2, *next_norms[1])
+            txt = second_half(txt, self.attn.to_add_out, txt_attn, txt_mod)
+            txt = self.txt_mlp(txt, Part(txt_mod, GATE2), next_norms[1])
         return img, txt
 
 
@@ -195,20 +193,18 @@ class QwenImageTransformer2DModel(nn.Module):
         hidden_states [B, S, in_channels] in the compute dtype; a text that packs n x B prompts takes the images n times
         over. Returns [n x B, S, in_channels] for each text. All of them pass one block before any passes the next.
         """
-        norms = [[Norm(*mod.split(6)[:2]) for mod in mods] for mods in zip(modulation.img, modulation.txt, strict=True)]
-        scale, shift = modulation.out.split(2)  # the other way round than in the blocks
-        norms.append([Norm(shift, scale)])
+        mods = list(zip(modulation.img, modulation.txt, strict=True))
+        norms = [[Norm(mod, SHIFT1, SCALE1) for mod in pair] for pair in mods]
+        norms.append([Norm(modulation.out, shift=1, scale=0)])
         streams = []
         for text in texts:
             images = mx.concatenate([hidden_states] * (len(text.txt_seq_lens) // hidden_states.shape[0]))
             begin = zip((self.img_in(images), text.hidden_states), norms[0], strict=True)
-            img, txt = (Stream(x, modulated_norm(x, *norm)) for x, norm in begin)
+            img, txt = (Stream(x, norm(x)) for x, norm in begin)
             streams.append((img, txt))
-        mods = zip(modulation.img, modulation.txt, norms[1:], strict=True)
-        for block, (img_mod, txt_mod, next_norms) in zip(self.transformer_blocks, mods, strict=True):
+        for block, pair, next_norms in zip(self.transformer_blocks, mods, norms[1:], strict=True):
             streams = [
-                block(img, txt, text, img_mod, txt_mod, next_norms)
-                for (img, txt), text in zip(streams, texts, strict=True)
+                block(img, txt, text, *pair, next_norms) for (img, txt), text in zip(streams, texts, strict=True)
             ]
             kernels.begin(*(img.normed for img, _ in streams))
         return [self.proj_out(img.normed) for img, _ in streams]
@@ -238,7 +234,7 @@ class QwenImageTransformer2DModel(nn.Module):
             freqs = 1.0 / mx.power(float(ROPE_THETA), mx.arange(0, dim, 2, dtype=mx.float32) / dim)
             angles.append(axis.astype(mx.float32)[:, None] * freqs)
         table = mx.concatenate(angles, axis=-1)[:, None]
-        return Rotary(mx.cos(table) + 1j * mx.sin(table))
+        return Rotary(mx.stack([mx.cos(table), mx.sin(table)], axis=-1).flatten(-2))
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
