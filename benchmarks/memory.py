@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import full_size
-import mlx.core as mx
 import numpy as np
 
 from artifacts_schema import arrays, keys, store
 from artifacts_schema.manifests import Cost, LatentsItem, LatentsManifest
 from stages.checkpoint import open_checkpoint, weight_files
 from stages.models.transformer import QwenImageTransformer2DModel
-from stages.weights import weights_of
+from stages.weights import mlx_dtype, weights_of
 
 GIB = 1 << 30
 WORDS = ["a", "small", "red", "circle", "above", "a", "large", "blue", "square", "on", "a", "white", "background"]
@@ -96,7 +95,9 @@ class Bench:
         mlx_peak, process_peak, note = cost["mlx_peak"], cost["process_peak"], ""
         missing = full_size.TRANSFORMER["num_layers"] - self.args.blocks
         if missing and not streamed:
-            weights = weights_of(self.model / "transformer", QwenImageTransformer2DModel, mx.bfloat16, bits)
+            weights = weights_of(
+                self.model / "transformer", QwenImageTransformer2DModel, mlx_dtype(self.args.dtype), bits
+            )
             note = f"; +{missing * weights.layer / GIB:.1f} GiB extrapolated"
             mlx_peak, process_peak = (peak + missing * weights.layer for peak in (mlx_peak, process_peak))
         each = cost["seconds"] / steps
@@ -143,7 +144,7 @@ class Bench:
 
     @property
     def dtype(self) -> list[str]:
-        return ["--dtype=bfloat16"]
+        return [f"--dtype={self.args.dtype}"]
 
 
 def read_seconds(files: list[Path]) -> float:
@@ -206,6 +207,9 @@ def main() -> None:
     add("--text-layers", type=int, default=28, help="of the text encoder's 28")
     add("--tokens", type=int, default=64, help="of each prompt")
     add("--prompts", type=int, default=8)
+    add(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="float32 for CPUs, which are slow in other"
+    )
     add("--size", default="1024x1024")
     add("--steps", type=int, default=20)
     add("--streamed-steps", type=int, default=20)

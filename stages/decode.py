@@ -1,7 +1,6 @@
 """latents -> PNG: the third stage."""
 
 import io
-import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -25,6 +24,7 @@ from artifacts_schema.manifests import (
     Recipe,
 )
 from stages import memory
+from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, has_cuda, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.preview import Fit
@@ -41,6 +41,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TILES = (2048, 1024, 512, 256, 128) if has_cuda() else (512, 256, 128)
 SMALLEST_TILE = 64  # pixels: here the halos are three quarters of the arithmetic already
 CACHE_BYTES = 256 << 20  # of freed memory that MLX may keep for reuse: two layers of such a tile at full resolution
+BUFFER_MEGABYTES = 256  # on CUDA, of what is computed at a time: or it would be eight layers of a large tile
 SLUG_LENGTH = 40  # characters of the prompt in a file name
 
 
@@ -87,14 +88,13 @@ def decode(
         if errors and len(errors) == len(images.wanted):
             raise errors[0]
         if todo:
+            prepare_mlx(BUFFER_MEGABYTES)
             import mlx.core as mx
 
             from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
             from stages.weights import Loading, load_model
 
-            if has_cuda():  # or eight operations of a large tile, whose memory is held until all are done
-                os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "256")
-            else:
+            if not has_cuda():
                 mx.set_cache_limit(CACHE_BYTES)
             loading = Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, dtype)
             config, within = checkpoint.config("vae", VAEConfig), memory.budget(budget)

@@ -30,6 +30,7 @@ from artifacts_schema.manifests import (
 from artifacts_schema.prompts import NO_GUIDANCE, Wanted, check_settings, resolve
 from artifacts_schema.trajectory import Trajectory, resume
 from stages import memory
+from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, default_dtype, has_cuda, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, forget_peak, versions
 from stages.modulation import Sigmas, Tables
@@ -108,6 +109,7 @@ def denoise(
     it is being denoised, if something was decoded with the VAE before. Returns the latents directory and what failed,
     a line each.
     """
+    prepare_mlx()
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
     from stages.weights import Loading, load_model, mlx_dtype
 

@@ -12,6 +12,7 @@ from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import Embedding, EmbeddingsManifest, PromptItem, split
 from artifacts_schema.prompts import Prompt
 from stages import memory
+from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, default_dtype
 from stages.measure import Notice, Report, Stopwatch, versions
 
@@ -181,6 +182,7 @@ def _embed(
     notice: Notice,
 ) -> dict[str, Embedding]:
     """Publishes prompt_embeds and their mask for each text, in the run and in the cache; describes them by key."""
+    prepare_mlx()
     import mlx.core as mx
 
     from stages.models.text_encoder import TextEncoder, TextEncoderConfig

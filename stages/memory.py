@@ -165,7 +165,8 @@ def bounded(weights: int, states: int) -> Iterator[None]:
     import mlx.core as mx
 
     mx.clear_cache()  # it counts as well, and another size's buffers are of no use
-    before = mx.set_memory_limit(weights + max(int(HELD_BACK_AT * states), LEAST_STATES if has_cuda() else 0))
+    held = max(weights, mx.get_active_memory())  # beyond its limit MLX may wait for what never ends
+    before = mx.set_memory_limit(held + max(int(HELD_BACK_AT * states), LEAST_STATES if has_cuda() else 0))
     try:
         yield
     finally:

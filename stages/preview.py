@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts_schema import cache, disk
+from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Fit:
 
 def fit_made_up(model: str | None) -> None:
     """Begins a fit with made-up latents if there is none, so that the very first picture can be previewed."""
+    prepare_mlx()
     import mlx.core as mx
     import numpy as np
 

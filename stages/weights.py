@@ -17,13 +17,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from artifacts_schema.errors import Unreadable, UserError
-from stages.checkpoint import Checkpoint, Tensor, has_cuda, shown, tensors_of, weight_files
+from stages.checkpoint import Checkpoint, Tensor, shown, tensors_of, weight_files
 from stages.measure import Report
 from stages.memory import Weights
 from stages.models.linear import QuantizedLinear
-
-if has_cuda():  # a GPU lags behind by buffers of so many operations, whose memory is held: few cost no time there
-    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "8")
 
 NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # as safetensors calls them
 GROUP_SIZE = 64  # weights that share a scale and a bias

@@ -12,7 +12,9 @@ from random_models import GOLDEN
 from safetensors.numpy import load_file
 
 from orchestrator import cli
+from stages.backend import prepare_mlx
 
+prepare_mlx()  # as the stages do it in their own processes, whose results are compared with those here
 RANDOM_CASES = sorted(path.stem for path in GOLDEN.glob("*.json") if path.stem != "demo")
 
 

@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core  # noqa: F401  what the forks will need
 import numpy  # noqa: F401
 import random_models
 import zarr  # noqa: F401

@@ -51,6 +51,7 @@ def job(number: int, run: str, *prompts: Prompt) -> Job:
         source=f"{run}.txt",
         sha256="0" * 64,
         model="demo",
+        embeddings_dtype="float32",
         dtype="float32",
         decode_dtype="float32",
         prompts=prompts or (Prompt("a red circle"),),

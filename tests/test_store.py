@@ -157,7 +157,7 @@ def test_not_finite_latents_are_refused(tmp_path):
         (b"{}", "damaged"),
         (b"\xff\xfe", "damaged"),
         (b"[" * 100_000, "damaged"),
-        (b'{"schema": "qwen-stage/latents/3"}', "newer qwen-stage .*upgrade"),
+        (b'{"schema": "qwen-stage/latents/99"}', "newer qwen-stage .*upgrade"),
         (b'{"schema": "qwen-stage/images/1"}', "holds images, not latents"),
         (b'{"schema": "qwen-stage/latents/1", "versions": {}, "items": []}', "damaged: .*model"),
     ],

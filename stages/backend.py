@@ -1,0 +1,38 @@
+"""What MLX is to be told before it is imported, by the machine it runs on."""
+
+import ctypes
+import os
+import sys
+
+from stages.checkpoint import has_cuda
+
+OPENBLAS = "libopenblas.so.0"
+PACKAGE = "libopenblas0-pthread"  # what Debian and Ubuntu have it in
+# a GPU lags behind by buffers of so many operations, whose memory is held meanwhile: few cost no time
+CUDA_BUFFER_OPERATIONS = 8
+
+
+def prepare_mlx(buffer_megabytes: int | None = None) -> None:
+    """To be called before MLX is first imported; later, it changes nothing.
+
+    On Linux CPUs MLX then computes with the system's OpenBLAS, if there is one: its own is the reference
+    implementation, thirty times slower. On CUDA it commits small buffers, of operations that read no more than
+    `buffer_megabytes`.
+    """
+    if has_cuda():
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(CUDA_BUFFER_OPERATIONS))
+        if buffer_megabytes is not None:
+            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(buffer_megabytes))
+    else:
+        open_blas()
+
+
+def open_blas() -> bool | None:
+    """Whether MLX's matrix products are OpenBLAS's from now on; None where they do not need that."""
+    if sys.platform != "linux" or has_cuda():
+        return None
+    try:
+        ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
