@@ -22,14 +22,15 @@ import full_size
 import numpy as np
 
 from artifacts_schema import arrays, keys, store
-from artifacts_schema.manifests import Cost, LatentsItem, LatentsManifest
+from artifacts_schema.manifests import Cost, EmbeddingsManifest, LatentsItem, LatentsManifest
+from artifacts_schema.prompts import Wanted, to_jsonl
 from stages.checkpoint import open_checkpoint, weight_files
 from stages.models.transformer import QwenImageTransformer2DModel
 from stages.weights import mlx_dtype, weights_of
 
 GIB = 1 << 30
 WORDS = ["a", "small", "red", "circle", "above", "a", "large", "blue", "square", "on", "a", "white", "background"]
-COLUMNS = ("stage", "target GiB", "MLX peak GiB", "process peak GiB", "seconds", "remarks")
+COLUMNS = ("stage", "target GiB, in bfloat16", "MLX peak GiB", "process peak GiB", "seconds", "remarks")
 
 
 class Row(NamedTuple):
@@ -82,14 +83,15 @@ class Bench:
             f"{prompts} prompts of {max(tokens)} tokens, {self.layers('text')}; reading alone takes {share:.1f} s: "
             f"{cost['seconds'] / share:.2f} times that"
         )
-        return Row("encode", "1.1", cost["mlx_peak"], cost["process_peak"], f"{wall:.1f}", remarks)
+        return Row(f"encode, {self.args.dtype}", "1.1", cost["mlx_peak"], cost["process_peak"], f"{wall:.1f}", remarks)
 
     def denoise(self, name: str, target: str, *options: str, streamed: bool = False, bits: int | None = None) -> Row:
-        out = self.scratch / f"run-{name}"
-        common = ["--embeddings", self.scratch / "run", "--size", self.args.size, f"--model={self.model}"]
+        out = self.scratch / f"run-{name.replace(chr(32), chr(45))}"
         steps = self.args.streamed_steps if streamed else self.args.steps
-        common += ["--steps", steps, "--cfg=1", "--out", out, *self.dtype, *options]
-        first = self.stage("denoise", *common)
+        items = self.scratch / "items.jsonl"
+        items.write_bytes(to_jsonl([self.picture(steps)]))
+        common = ["--embeddings", self.scratch / "run", "--items", items, f"--model={self.model}", "--out", out]
+        first = self.stage("denoise", *common, *self.dtype, *options)
         manifest = json.loads((out / "latents/manifest.json").read_bytes())
         cost = manifest["items"][0]["cost"]
         mlx_peak, process_peak, note = cost["mlx_peak"], cost["process_peak"], ""
@@ -102,7 +104,21 @@ class Bench:
             mlx_peak, process_peak = (peak + missing * weights.layer for peak in (mlx_peak, process_peak))
         each = cost["seconds"] / steps
         remarks = f"{self.args.size}, {steps} steps, {self.layers('blocks')}{note}; {each:.2f} s a step"
-        return Row(f"denoise, {name}", target, mlx_peak, process_peak, f"{first:.1f}", remarks)
+        return Row(f"denoise, {self.args.dtype}, {name}", target, mlx_peak, process_peak, f"{first:.1f}", remarks)
+
+    def picture(self, steps: int) -> Wanted:
+        """Of the first prompt, without guidance."""
+        embeddings, _ = store.read_manifest(self.scratch / "run/embeddings", EmbeddingsManifest)
+        width, height = map(int, self.args.size.split("x"))
+        return Wanted(
+            prompt_key=embeddings.items[0].prompt_key,
+            negative_key=None,
+            seed=1,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            true_cfg_scale=1.0,
+        )
 
     def decode(self, size: int, *options: str) -> Row:
         run = self.scratch / f"run-{size}{''.join(options)}"
@@ -226,9 +242,9 @@ def main() -> None:
     if "encode" in args.only or "denoise" in args.only:
         show(bench.encode(args.prompts))
     if "denoise" in args.only:
-        show(bench.denoise("bf16 resident", "27.5", "--no-stream"))
-        show(bench.denoise("bf16 streamed", "6", "--stream", streamed=True))
-        show(bench.denoise("4-bit resident", "8", "--no-stream", "--quantize=4", bits=4))
+        show(bench.denoise("in memory", "27.5", "--no-stream"))
+        show(bench.denoise("streamed", "6", "--stream", streamed=True))
+        show(bench.denoise("4 bits in memory", "8", "--no-stream", "--quantize=4", bits=4))
     if "decode" in args.only:
         for size in args.decode:
             show(bench.decode(size, "--memory=2147MB"))

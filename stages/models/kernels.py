@@ -1,8 +1,8 @@
-"""What a transformer block does between its matrix products: as plain operations, and for CUDA as three kernels.
+"""What lies between matrix products and between convolutions: as plain operations, and for CUDA as kernels.
 
 Each function is written twice, and says the same twice. The plain operations are what Metal and CPUs run; on CUDA they
 would take a third of a step, most of it for reading and writing the same numbers again and again. A kernel reads them
-once, adds the bias of the product before, computes in float32, and rounds once, at the end.
+once, adds the bias of what came before, computes in float32, and rounds once, at the end.
 """
 
 import hashlib
