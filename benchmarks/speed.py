@@ -7,7 +7,6 @@ installed, the same work is timed with them in the same run. Every measurement i
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -66,6 +65,9 @@ def median_ms(call: Callable[[], object]) -> float:
 
 
 def ours(works: list[Work]) -> None:
+    from stages.backend import prepare_mlx
+
+    prepare_mlx({"step": "denoise"}.get(works[0].what, works[0].what))
     for work in works:
         say(work, "qwen-stage", *{"step": our_step, "decode": our_decode, "encode": our_encode}[work.what](work))
 
@@ -146,12 +148,9 @@ def our_decode(work: Work) -> tuple[float, float]:
     import numpy as np
 
     from stages import memory
-    from stages.checkpoint import has_cuda
     from stages.decode import TILES, pixels_of
     from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 
-    if has_cuda():
-        os.environ["MLX_MAX_MB_PER_BUFFER"] = "256"
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in full_size.VAE.items()}
     vae = randomize(AutoencoderKLQwenImage(VAEConfig(**config)), work.dtype)
     latents = np.random.default_rng(0).standard_normal((16, work.size // 8, work.size // 8), np.float32)

@@ -372,8 +372,10 @@ def _work(args: argparse.Namespace) -> int:
     import importlib
 
     from orchestrator.worker import obey
+    from stages.backend import prepare_mlx
 
     def prepare() -> None:
+        prepare_mlx(args.stage)
         for module in (f"stages.{args.stage}", "mlx.core", "numpy", "zarr" if args.stage != "encode" else "tokenizers"):
             importlib.import_module(module)
 

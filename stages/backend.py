@@ -10,19 +10,19 @@ OPENBLAS = "libopenblas.so.0"
 PACKAGE = "libopenblas0-pthread"  # what Debian and Ubuntu have it in
 # a GPU lags behind by buffers of so many operations, whose memory is held meanwhile: few cost no time
 CUDA_BUFFER_OPERATIONS = 8
+CUDA_BUFFER_MEGABYTES = {"decode": 256}  # that a buffer's operations read: or it would be eight layers of a large tile
 
 
-def prepare_mlx(buffer_megabytes: int | None = None) -> None:
+def prepare_mlx(stage: str | None = None) -> None:
     """To be called before MLX is first imported; later, it changes nothing.
 
     On Linux CPUs MLX then computes with the system's OpenBLAS, if there is one: its own is the reference
-    implementation, thirty times slower. On CUDA it commits small buffers, of operations that read no more than
-    `buffer_megabytes`.
+    implementation, thirty times slower. On CUDA it commits small buffers, smaller ones in some stages.
     """
     if has_cuda():
         os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(CUDA_BUFFER_OPERATIONS))
-        if buffer_megabytes is not None:
-            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(buffer_megabytes))
+        if stage in CUDA_BUFFER_MEGABYTES:
+            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(CUDA_BUFFER_MEGABYTES[stage]))
     else:
         open_blas()
 

@@ -41,7 +41,6 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TILES = (2048, 1024, 512, 256, 128) if has_cuda() else (512, 256, 128)
 SMALLEST_TILE = 64  # pixels: here the halos are three quarters of the arithmetic already
 CACHE_BYTES = 256 << 20  # of freed memory that MLX may keep for reuse: two layers of such a tile at full resolution
-BUFFER_MEGABYTES = 256  # on CUDA, of what is computed at a time: or it would be eight layers of a large tile
 SLUG_LENGTH = 40  # characters of the prompt in a file name
 
 
@@ -88,7 +87,7 @@ def decode(
         if errors and len(errors) == len(images.wanted):
             raise errors[0]
         if todo:
-            prepare_mlx(BUFFER_MEGABYTES)
+            prepare_mlx("decode")
             import mlx.core as mx
 
             from stages.models.vae import AutoencoderKLQwenImage, VAEConfig

@@ -109,7 +109,7 @@ def denoise(
     it is being denoised, if something was decoded with the VAE before. Returns the latents directory and what failed,
     a line each.
     """
-    prepare_mlx()
+    prepare_mlx("denoise")
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
     from stages.weights import Loading, load_model, mlx_dtype
 

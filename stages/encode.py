@@ -182,7 +182,7 @@ def _embed(
     notice: Notice,
 ) -> dict[str, Embedding]:
     """Publishes prompt_embeds and their mask for each text, in the run and in the cache; describes them by key."""
-    prepare_mlx()
+    prepare_mlx("encode")
     import mlx.core as mx
 
     from stages.models.text_encoder import TextEncoder, TextEncoderConfig

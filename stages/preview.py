@@ -75,7 +75,7 @@ class Fit:
 
 def fit_made_up(model: str | None) -> None:
     """Begins a fit with made-up latents if there is none, so that the very first picture can be previewed."""
-    prepare_mlx()
+    prepare_mlx("denoise")  # whose worker does it
     import mlx.core as mx
     import numpy as np
 

@@ -357,7 +357,7 @@ def test_mlx_is_told_once_what_people_did_not_say_themselves(monkeypatch):
     monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
     backend.prepare_mlx()
     assert "MLX_MAX_MB_PER_BUFFER" not in os.environ
-    backend.prepare_mlx(buffer_megabytes=256)
+    backend.prepare_mlx("decode")
     assert (os.environ["MLX_MAX_OPS_PER_BUFFER"], os.environ["MLX_MAX_MB_PER_BUFFER"]) == ("20", "256")
     monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
 
