@@ -111,7 +111,7 @@ def decode(
         for key in todo:
             watch = Stopwatch()
             normalized = store.read_latents(source, images.wanted[key])
-            with memory.bounded(weights.whole, states[edge]):
+            with memory.bounded(weights.whole, states[edge], within):
                 pixels = pixels_of(vae, normalized, edge, lambda: report("decode", next(tiles_done), tiles))
             fit.add(normalized, pixels)
             images.add(key, _png(pixels, images.recipe(key)), watch)

@@ -163,7 +163,7 @@ def denoise(
             label = f"denoise {begun}/{len(todo)}"
             trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
             keep = any(job.key in latents.with_steps for job in group)
-            bounded = memory.bounded(weights.streamed if stream else weights.whole, own_states)
+            bounded = memory.bounded(weights.streamed if stream else weights.whole, own_states, within)
             with bounded, deferring() as interrupted, live or nullcontext():
                 results = _denoise_batch(
                     transformer,

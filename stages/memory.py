@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond ...
-LEAST_STATES = 768 << 20  # ... nor for less than this: those of small pictures are soon computed
+LEAST_STATES = 768 << 20  # ... nor for less than this, where it is not promised away: small pictures would wait
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 # numbers for each of a tile's pixels and channels, halo included: on CPUs, a convolution's unfolded input
@@ -157,7 +157,7 @@ def largest_tile(needed: dict[int, int], within: Budget) -> int:
 
 
 @contextmanager
-def bounded(weights: int, states: int) -> Iterator[None]:
+def bounded(weights: int, states: int, within: Budget) -> Iterator[None]:
     """Makes MLX wait for the GPU rather than allocate more than it needs beside weights that are or will be in memory.
 
     A GPU lags behind, and what it has not computed yet takes memory as well: 10 GB and more if nothing holds it back.
@@ -166,7 +166,8 @@ def bounded(weights: int, states: int) -> Iterator[None]:
 
     mx.clear_cache()  # it counts as well, and another size's buffers are of no use
     held = max(weights, mx.get_active_memory())  # beyond its limit MLX may wait for what never ends
-    before = mx.set_memory_limit(held + max(int(HELD_BACK_AT * states), LEAST_STATES if has_cuda() else 0))
+    floor = min(LEAST_STATES, within.size - held) if has_cuda() else 0
+    before = mx.set_memory_limit(held + max(int(HELD_BACK_AT * states), floor))
     try:
         yield
     finally:

@@ -354,12 +354,12 @@ def test_doctor_tells_how_to_get_a_faster_blas(qwen_stage, small_model, monkeypa
 def test_mlx_is_told_once_what_people_did_not_say_themselves(monkeypatch):
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "20")
-    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "")  # so that it is put back afterwards
+    del os.environ["MLX_MAX_MB_PER_BUFFER"]
     backend.prepare_mlx()
     assert "MLX_MAX_MB_PER_BUFFER" not in os.environ
     backend.prepare_mlx("decode")
     assert (os.environ["MLX_MAX_OPS_PER_BUFFER"], os.environ["MLX_MAX_MB_PER_BUFFER"]) == ("20", "256")
-    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
 
 
 def test_tiles_by_memory():
@@ -491,14 +491,13 @@ def test_mlx_is_held_back_while_denoising(qwen_stage, tmp_path, small_model, mon
     limit, estimate = mx.set_memory_limit, memory.image_states
     monkeypatch.setattr(mx, "set_memory_limit", lambda size: (limits.append(size), limit(size))[1])
     monkeypatch.setattr(memory, "image_states", lambda *sizes: (states.append(estimate(*sizes)), states[-1])[1])
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 0)  # other tests' models
     before = mx.set_memory_limit(1 << 40)
     how = "--stream" if stream else "--no-stream"
     assert qwen_stage("denoise", "--embeddings=run", "--size=64x64", "--steps=1", how).code == 0
     told = weights_of(small_model / "transformer", QwenImageTransformer2DModel, mx.float32)
     held = told.streamed if stream else told.whole
-    _, bound, after = limits
-    assert held + int(memory.HELD_BACK_AT * states[-1]) <= bound < 2 * (held + states[-1]) + mx.get_active_memory()
-    assert after == 1 << 40
+    assert limits == [1 << 40, held + int(memory.HELD_BACK_AT * states[-1]), 1 << 40]
     limit(before)
 
 
@@ -508,8 +507,20 @@ def test_what_is_in_memory_already_holds_up_nobody(monkeypatch):
     mx.eval(other)
     limits, limit = [], mx.set_memory_limit
     monkeypatch.setattr(mx, "set_memory_limit", lambda size: (limits.append(size), limit(size))[1])
-    with memory.bounded(1000, 1000):
+    with memory.bounded(1000, 1000, memory.Budget(1 << 40, False)):
         assert limits[0] >= mx.get_active_memory() + int(memory.HELD_BACK_AT * 1000)
+
+
+@pytest.mark.parametrize(
+    ("size", "room"), [(1 << 40, memory.LEAST_STATES), (5 << 30, 1 << 30), ((4 << 30) + 5000, 5000)]
+)
+def test_small_pictures_need_not_wait_on_cuda_but_keep_a_promise(monkeypatch, size, room):
+    limits = []
+    monkeypatch.setattr(memory, "has_cuda", lambda: True)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 0)
+    monkeypatch.setattr(mx, "set_memory_limit", lambda limit: limits.append(limit) or 0)
+    with memory.bounded(4 << 30, 1000, memory.Budget(size, True)):
+        assert limits[0] == (4 << 30) + min(room, memory.LEAST_STATES)
 
 
 def test_tables_are_made_one_by_one_where_memory_is_short(golden, own_cache):
