@@ -670,7 +670,7 @@ def _parser() -> argparse.ArgumentParser:
     decode = commands.add_parser("decode", parents=[writing], help="latents to PNG")
     decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")
     decode.add_argument("--items", type=_path, metavar="FILE", help="only the latents with these keys, one a line")
-    tile_help = "decode squares of so many pixels at a time: less is less memory, and slower; default: what fits, mostly 512"
+    tile_help = "decode squares of so many pixels at a time: less is less memory, and slower; default: what fits"
     decode.add_argument("--tile", type=int, metavar="PIXELS", help=tile_help)
     decode.set_defaults(command=_decode)
 
