@@ -64,7 +64,9 @@ def test_tiles_are_cut_from_the_whole(index):
     latents = mx.array(random_models.noise(1, height, width, SEED + index))
     whole = np.array(vae.decode(latents)[0])
     parts = put_together(vae, latents, edge * vae.config.vae_scale_factor)
-    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    # Bit-identical with MLX's own products; a BLAS rounds by shape, and a random model magnifies that.
+    beside = np.array(vae.decode(mx.array(np.nextafter(np.array(latents), np.inf)))[0])
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6 + 8 * np.abs(beside - whole).max())
 
 
 def test_a_halo_one_pixel_short_leaves_a_seam():
