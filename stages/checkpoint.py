@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -25,6 +26,13 @@ WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SHOWN_NAMES = 3  # of tensors, in an error
 HEADER_SIZE_BYTES = 8  # a safetensors file begins with the size of its header
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+BITS_PER_NUMBER = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # in safetensors files
+BITS_PER_NUMBER |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8)
+BITS_PER_NUMBER |= dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+BITS_PER_NUMBER |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16)
+BITS_PER_NUMBER |= dict.fromkeys(("I32", "U32", "F32"), 32)
+BITS_PER_NUMBER |= dict.fromkeys(("C64", "F64", "I64", "U64"), 64)
 NUMBERS = ("BF16", "F16", "F32")  # formats of weights, as safetensors calls them
 CUDA_BACKEND = "mlx_cuda*.dist-info"  # beside MLX's own package
 MAX_PIXELS = 8192 * 8192
@@ -53,6 +61,14 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     size: int  # bytes
+
+
+class _Entry(msgspec.Struct):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
 @dataclass(frozen=True)
@@ -190,8 +206,6 @@ def _in_hub_cache(repository: str) -> Path:
 
 def weight_files(directory: Path) -> list[Path]:
     """The shards an index names, or the single weight file; each checked to be complete."""
-    from safetensors import SafetensorError, safe_open
-
     indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) == 1:
         try:
@@ -208,9 +222,8 @@ def weight_files(directory: Path) -> list[Path]:
         if not path.exists():
             raise UserError(f"{path} is missing; download the model again")
         try:
-            with safe_open(path, framework="mlx") as file:  # reads the header and checks the file's length
-                names = set(file.keys())
-        except (SafetensorError, OSError) as error:
+            names = _tensors_in(path).keys()
+        except (ValueError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); download the model again") from None
         if absent := sorted(name for name, shard in weight_map.items() if shard == path.name and name not in names):
             raise UserError(f"{path} lacks the tensors {shown(absent)} that the index promises; download it again")
@@ -219,16 +232,35 @@ def weight_files(directory: Path) -> list[Path]:
 
 def tensors_of(files: list[Path]) -> dict[str, Tensor]:
     """The tensors in safetensors files that `weight_files` has checked, by name."""
+    return {name: tensor for path in files for name, tensor in _tensors_in(path).items()}
+
+
+def _tensors_in(path: Path) -> dict[str, Tensor]:
+    """What the header of a safetensors file promises. Raises ValueError unless the file holds just that.
+
+    The package of that name would do the same, but imports numpy, which takes longer than encoding a prompt.
+    """
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(HEADER_SIZE_BYTES), "little")
+        if header_bytes > min(MAX_HEADER_BYTES, total - HEADER_SIZE_BYTES):
+            raise ValueError("its header does not end")
+        header = msgspec.json.decode(file.read(header_bytes), type=dict[str, msgspec.Raw])
+    msgspec.json.decode(header.pop("__metadata__", b"null"), type=dict[str, str] | None)
+    entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
+    at = start = HEADER_SIZE_BYTES + header_bytes
     tensors = {}
-    for path in files:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(HEADER_SIZE_BYTES), "little")
-            header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        start = HEADER_SIZE_BYTES + header_bytes
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = Tensor(path, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = (start + offset for offset in entry.data_offsets)
+        size = end - begin
+        if entry.dtype not in BITS_PER_NUMBER:
+            raise ValueError(f"tensor {name} is {entry.dtype}, which is unknown")
+        if begin != at or 8 * size != BITS_PER_NUMBER[entry.dtype] * prod(entry.shape):
+            raise ValueError(f"tensor {name} is not where or not as large as its header says")
+        tensors[name] = Tensor(path, entry.dtype, entry.shape, begin, size)
+        at = end
+    if at != total:
+        raise ValueError(f"it should have {at} bytes and has {total}")
     return tensors
 
 

@@ -143,7 +143,7 @@ def test_nan_in_latents(qwen_stage, encoded):
     directory = encoded / "latents"
     manifest, _ = store.read_manifest(directory, LatentsManifest)
     (item,) = manifest.items
-    latents = store.read_latents(directory, item)
+    latents = store.read_latents(directory, item).copy()
     latents[0, 0, 0] = np.inf
     files = store.publish(directory, item.directory, arrays.pack(latents))
     store.write_manifest(directory, replace(manifest, items=(replace(item, files=files),)))

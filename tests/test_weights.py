@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import random_models
 from mlx.utils import tree_flatten
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from artifacts_schema import cache
@@ -101,6 +102,39 @@ def test_streamed_layers_are_two_in_memory(tmp_path):
     mx.eval(model([[1, 2, 3]]))
     assert mx.get_peak_memory() - before < 2.5 * layer
     assert mx.get_active_memory() - before < 0.5 * layer
+
+
+def test_a_file_is_read_if_safetensors_would_read_it(tmp_path):
+    """Headers with a character changed, added or lost: what we take, safetensors takes, and finds the same there."""
+    draw = random.Random(SEED)
+    tensors = {"a": mx.ones((2, 3)), "b": mx.zeros((4,), mx.bfloat16), "c.d": mx.array([1, 2], mx.uint32)}
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), tensors, {"format": "mlx"})
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    taken = 0
+    for _ in range(400):
+        header, data = bytearray(whole[8 : 8 + size]), whole[8 + size :]
+        at = draw.randrange(size)
+        length = draw.choice([0, 0, 0, -1, 1])
+        header[at : at + draw.randint(0, 2)] = bytes(draw.choices(b'0123456789[]{},:" FBU"', k=draw.randint(0, 2)))
+        data = {0: data, -1: data[:-1], 1: data + b"0"}[length]
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+        try:
+            found = tensors_of(weight_files(tmp_path))
+        except UserError:
+            continue
+        taken += 1
+        with safe_open(path, "np") as file:
+            theirs = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            assert {name: (list(t.shape), t.dtype) for name, t in found.items()} == {
+                name: (each.get_shape(), each.get_dtype()) for name, each in theirs.items()
+            }, f"SEED {SEED}"
+    assert 0 < taken < 400
+    for length in range(8 + size):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged or cut short"):
+            weight_files(tmp_path)
 
 
 def test_the_next_layer_is_read_while_one_is_at_work(golden, monkeypatch):
