@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from artifacts_schema import disk, store
 from artifacts_schema.errors import Damaged, Unreadable, UserError
-from artifacts_schema.manifests import Dtype, Key, Precision, Record, Sha256, split
+from artifacts_schema.manifests import DecodeDtype, Key, Precision, Record, Sha256, split
 from artifacts_schema.prompts import Prompt
 
 JOBS = ".jobs"
@@ -39,7 +39,7 @@ class JobV1(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_
     sha256: Sha256  # of the drop's content
     model: str
     dtype: Precision
-    decode_dtype: Dtype
+    decode_dtype: DecodeDtype
     priority: int = 0  # higher comes first
     prompts: tuple[Prompt, ...]
     checksum: str = ""

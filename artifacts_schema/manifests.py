@@ -12,6 +12,7 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Key = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 Positive = Annotated[int, Meta(ge=1)]
 Dtype = Literal["float32", "bfloat16"]
+DecodeDtype = Literal["float32", "float16", "bfloat16"]  # a decoder's numbers stay within what float16 can hold
 Bits = Literal[4, 8]
 Precision = Annotated[str, Meta(pattern="^(float32|bfloat16)(-q[48])?$")]  # of the numbers computed with: see `split`
 
@@ -142,7 +143,7 @@ class Recipe(Record, frozen=True, kw_only=True):
     fingerprints: dict[str, Sha256]
     embeddings_dtype: Precision | None = None  # None: from before it was recorded
     dtype: Precision
-    decode_dtype: Dtype | None = None  # None: from before it was recorded
+    decode_dtype: DecodeDtype | None = None  # None: from before it was recorded
     latents_key: Key  # rather than a manifest's id: that changes with every picture added beside it
 
     def parameters(self) -> str:

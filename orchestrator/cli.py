@@ -185,7 +185,7 @@ def _run(args: argparse.Namespace) -> int:
     from artifacts_schema.prompts import Entry, to_jsonl
     from orchestrator.run import stage
 
-    args.decode_dtype = args.dtype
+    args.decode_dtype = args.dtype if args.dtype == "float32" else None  # there is better than bfloat16 for pictures
     if args.like is not None:
         _fill_in_from(args.like, args)
     if not args.prompts:
@@ -259,7 +259,7 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     args.quantize = bits if args.quantize is None else args.quantize
     _, text_bits = split(recipe.embeddings_dtype or compute)
     args.quantize_text = text_bits if args.quantize_text is None else args.quantize_text
-    args.dtype, args.decode_dtype = args.dtype or compute, args.dtype or recipe.decode_dtype
+    args.dtype, args.decode_dtype = args.dtype or compute, args.decode_dtype or recipe.decode_dtype
 
 
 def _rerun(args: argparse.Namespace) -> int:
@@ -590,14 +590,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help=f"{model_help}; default: that of the stage before, or the built-in demo",
     )
-    dtype_help = "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs and for decode"
-    add("--dtype", choices=("float32", "bfloat16"), help=dtype_help)
     memory_help = "what a stage may use, as in 16GB: it keeps to that or refuses; default: what is free"
     add("--memory", type=_bytes, metavar="SIZE", help=memory_help)
     add("--debug", action="store_true", help="show the traceback of an error")
 
     loading = argparse.ArgumentParser(add_help=False)
     add = loading.add_argument
+    dtypes, dtype_help = (
+        ("float32", "bfloat16"),
+        "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs",
+    )
+    add("--dtype", choices=dtypes, help=dtype_help)
     stream_help = "read the layers at every pass, two at a time in memory; default: where memory is short"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream_help)
     quantize_help = "the model's weights, as they are read, to so many bits: a smaller model, other pictures"
@@ -669,6 +672,8 @@ def _parser() -> argparse.ArgumentParser:
 
     decode = commands.add_parser("decode", parents=[writing], help="latents to PNG")
     decode.add_argument("latents", type=_path, metavar="DIR", help="a run or its latents/")
+    decode_dtype_help = "number format to compute in; default: float16 on NVIDIA GPUs, else float32"
+    decode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=decode_dtype_help)
     decode.add_argument("--items", type=_path, metavar="FILE", help="only the latents with these keys, one a line")
     tile_help = "decode squares of so many pixels at a time: less is less memory, and slower; default: what fits"
     decode.add_argument("--tile", type=int, metavar="PIXELS", help=tile_help)
@@ -735,6 +740,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", parents=[common], help="what each stage would do here with a model, and what that needs"
     )
     add = doctor.add_argument
+    add("--dtype", choices=dtypes, help=dtype_help)
     add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)

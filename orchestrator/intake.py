@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from artifacts_schema import disk, keys
 from artifacts_schema.errors import Unreadable, UserError
 from artifacts_schema.jobs import Ended, Job
-from artifacts_schema.manifests import Dtype, Precision, Recipe, Settings, changed, split
+from artifacts_schema.manifests import DecodeDtype, Dtype, Precision, Recipe, Settings, changed, split
 from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts, resolve
 from orchestrator.inbox import Claim
 from orchestrator.inspect import read_recipe
@@ -69,7 +69,7 @@ class Intake(NamedTuple):
             model=checkpoint.name,
             embeddings_dtype=self._embeddings_dtype(recipe),
             dtype=changed(recipe.dtype if recipe else default_dtype(), self.dtype, self.bits),
-            decode_dtype=(recipe.decode_dtype if recipe else None) or DEFAULT_DTYPE,
+            decode_dtype=self._decode_dtype(recipe),
             priority=max(prompt.priority for prompt in prompts),
             prompts=_checked([_whole(prompt, checkpoint.defaults) for prompt in prompts], source),
         )
@@ -84,10 +84,15 @@ class Intake(NamedTuple):
             model=self.model or DEMO,
             embeddings_dtype=self._embeddings_dtype(None),
             dtype=changed(default_dtype(), self.dtype, self.bits),
-            decode_dtype=DEFAULT_DTYPE,
+            decode_dtype=self._decode_dtype(None),
             prompts=(),
         )
         return Ended(job=job, outcome="failed", at=time.time(), reason=reason)
+
+    def _decode_dtype(self, recipe: Recipe | None) -> DecodeDtype:
+        if self.dtype == "float32":
+            return "float32"
+        return (recipe and recipe.decode_dtype) or DEFAULT_DTYPE
 
     def _embeddings_dtype(self, recipe: Recipe | None) -> Precision:
         before = recipe and (recipe.embeddings_dtype or split(recipe.dtype)[0])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stages.models.vae import VAEConfig
 
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond ...
 LEAST_STATES = 768 << 20  # ... nor for less than this, where it is not promised away: small pictures would wait
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block

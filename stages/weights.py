@@ -321,4 +321,4 @@ def to_safetensors(tensors: dict[str, mx.array], metadata: dict[str, str] | None
 
 
 def mlx_dtype(name: str) -> mx.Dtype:
-    return {"bfloat16": mx.bfloat16, "float32": mx.float32}[name]
+    return {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}[name]

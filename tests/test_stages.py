@@ -20,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from artifacts_schema import store
 from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest, Recipe
+from orchestrator import EXIT_SOME_FAILED
+from orchestrator.inspect import read_recipe
 
 
 def latents_of(run: Path) -> dict[tuple[str, int | None], np.ndarray]:
@@ -435,6 +437,40 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(qwen_stage, tmp_path, small_mo
     whole, again = (store.read_manifest(tmp_path / run / "latents", LatentsManifest)[0] for run in ("whole", "damaged"))
     assert [file.sha256 for file in again.items[0].trajectory] == [file.sha256 for file in whole.items[0].trajectory]
     assert len(whole.items[0].trajectory) == 7  # five steps, the array's own description, and the steps' hashes
+
+
+def test_float16_is_as_good_as_float32_to_the_eye(qwen_stage, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle on a white background\na blue square on a yellow background")
+    qwen_stage("encode", "p.txt", "--out=run")
+    qwen_stage("denoise", "--embeddings=run", "--size=64x64", "--steps=4")
+    pictures = {}
+    for dtype in ("float32", "float16"):
+        printed = qwen_stage("decode", "run", f"--dtype={dtype}", f"--out={dtype}").out
+        assert read_recipe(Path(printed[0])).decode_dtype == dtype
+        pictures[dtype] = np.stack([np.array(Image.open(path)).astype(int) for path in printed])
+    assert 0 < np.abs(pictures["float32"] - pictures["float16"]).max() <= 2
+
+
+@pytest.mark.parametrize("factor", [1e6, np.nan])
+def test_numbers_beyond_float16(qwen_stage, tmp_path, small_model, factor):
+    model = shutil.copytree(small_model, tmp_path / "model")
+    (file,) = (model / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    weights["decoder.conv_in.weight"] *= np.float32(factor)
+    save_file(weights, file)
+    (tmp_path / "p.txt").write_text("one\ntwo")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={model}")
+    qwen_stage("denoise", "--embeddings=run", "--size=16x16", "--steps=1")
+    result = qwen_stage("decode", "run", "--dtype=float16", "--out=a")
+    if np.isnan(factor):
+        assert result.code == EXIT_SOME_FAILED
+        assert result.err.count("the picture became NaN; are the VAE's weights whole?") == 2
+        return
+    assert result.code == 0
+    assert "'one' is beyond what float16 can hold; it is decoded in float32" in result.err
+    exact = qwen_stage("decode", "run", "--dtype=float32", "--out=b")
+    for one, other in zip(result.out, exact.out, strict=True):
+        assert np.array_equal(Image.open(one), Image.open(other))
 
 
 def test_the_parent_of_a_run_never_imports_mlx(tmp_path, small_model):

@@ -24,6 +24,7 @@ BLOCK_THREADS = 256
 
 HEADER = """
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 template <int N, typename T>
 struct alignas(N * sizeof(T)) Pack { T numbers[N]; };
