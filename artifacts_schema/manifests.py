@@ -44,8 +44,8 @@ class Cost(Record, frozen=True, kw_only=True):
     mlx_peak: int
 
 
-class Settings(Record, frozen=True, kw_only=True):
-    """What a prompt asks of the later stages; None leaves it to the command line or the checkpoint's defaults."""
+class SettingsV3(Record, frozen=True, kw_only=True):
+    """What a prompt asked of the later stages up to qwen-stage/embeddings/3."""
 
     seeds: tuple[int, ...] | None = None
     width: int | None = None
@@ -54,14 +54,26 @@ class Settings(Record, frozen=True, kw_only=True):
     true_cfg_scale: float | None = None
 
 
-class PromptItem(Record, frozen=True, kw_only=True):
-    """One prompt, the files of its embeddings, and the settings that came with it."""
+class Settings(SettingsV3, frozen=True, kw_only=True):
+    """What a prompt asks of the later stages; None leaves it to the command line or the checkpoint's defaults."""
+
+    cache_steps: float | None = None  # 0: every step is computed
+
+
+class PromptItemV3(Record, frozen=True, kw_only=True):
+    """One prompt, as manifests up to qwen-stage/embeddings/3 had it."""
 
     prompt: str
     negative_prompt: str
     prompt_key: Key
     negative_key: Key
     name: str | None = None
+    settings: SettingsV3 = SettingsV3()
+
+
+class PromptItem(PromptItemV3, frozen=True, kw_only=True):
+    """One prompt, the files of its embeddings, and the settings that came with it."""
+
     settings: Settings = Settings()
 
 
@@ -126,6 +138,7 @@ class LatentsItem(LatentsItemV2, frozen=True, kw_only=True):
     """One picture's final latents: normalized, unpacked, float32 [channels, height / 8, width / 8] in a zarr array."""
 
     embeddings_dtype: Precision | None = None  # None: from before it was recorded
+    cache_steps: float | None = None  # None: every step was computed
 
 
 class Recipe(Record, frozen=True, kw_only=True):
@@ -139,6 +152,7 @@ class Recipe(Record, frozen=True, kw_only=True):
     height: Positive
     num_inference_steps: Positive
     true_cfg_scale: float
+    cache_steps: float | None = None  # None: every step was computed
     model: Annotated[str, Meta(pattern="^[^\0]*$")]
     fingerprints: dict[str, Sha256]
     embeddings_dtype: Precision | None = None  # None: from before it was recorded
@@ -155,6 +169,7 @@ class Recipe(Record, frozen=True, kw_only=True):
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
+            "Cache steps": self.cache_steps,
         }
         said = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
         negative = "" if self.negative_prompt is None else f"Negative prompt: {self.negative_prompt}\n"
@@ -191,7 +206,7 @@ class Manifest(ManifestV1, frozen=True, kw_only=True):
 
 class EmbeddingsManifestV1(ManifestV1, frozen=True, tag="qwen-stage/embeddings/1", kw_only=True):
     kind: ClassVar[str] = "embeddings"
-    items: tuple[PromptItem, ...]
+    items: tuple[PromptItemV3, ...]
     embeddings: tuple[EmbeddingV1, ...]
     cost: Cost
 
@@ -206,17 +221,34 @@ class EmbeddingsManifestV1(ManifestV1, frozen=True, tag="qwen-stage/embeddings/1
 
 class EmbeddingsManifestV2(ManifestV1, frozen=True, tag="qwen-stage/embeddings/2", kw_only=True):
     kind: ClassVar[str] = "embeddings"
-    items: tuple[PromptItem, ...]
+    items: tuple[PromptItemV3, ...]
+    embeddings: tuple[Embedding, ...]
+    cost: Cost
+
+    def upgrade(self) -> "EmbeddingsManifestV3":
+        return EmbeddingsManifestV3(**msgspec.structs.asdict(self))
+
+
+class EmbeddingsManifestV3(Manifest, frozen=True, tag="qwen-stage/embeddings/3", kw_only=True):
+    kind: ClassVar[str] = "embeddings"
+    items: tuple[PromptItemV3, ...]
     embeddings: tuple[Embedding, ...]
     cost: Cost
 
     def upgrade(self) -> "EmbeddingsManifest":
-        return EmbeddingsManifest(**msgspec.structs.asdict(self))
+        """Up to version 3 every step was computed, whatever was asked for."""
+        items = tuple(
+            PromptItem(
+                **{**msgspec.structs.asdict(item), "settings": Settings(**msgspec.structs.asdict(item.settings))}
+            )
+            for item in self.items
+        )
+        return EmbeddingsManifest(**{**msgspec.structs.asdict(self), "items": items})
 
 
-class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/3", kw_only=True):
+class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/4", kw_only=True):
     kind: ClassVar[str] = "embeddings"
-    older: ClassVar[tuple[type[ManifestV1], ...]] = (EmbeddingsManifestV1, EmbeddingsManifestV2)
+    older: ClassVar[tuple[type[ManifestV1], ...]] = (EmbeddingsManifestV1, EmbeddingsManifestV2, EmbeddingsManifestV3)
     items: tuple[PromptItem, ...]
     embeddings: tuple[Embedding, ...]
     cost: Cost

@@ -16,6 +16,7 @@ FORMATS = ("txt", "toml", "jsonl")
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000  # as many as training had noise levels
 NO_GUIDANCE = 1.0  # a cfg of that or less; all guidance that is none is the same
+EVERY_STEP = Settings(cache_steps=0.0)  # is computed, unless somebody says otherwise
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     size: str | None = None
     steps: int | None = None
     cfg: float | None = None
+    cache_steps: float | None = None
     priority: int = 0
 
     @classmethod
@@ -54,6 +56,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             size=None if settings.width is None else f"{settings.width}x{settings.height}",
             steps=settings.num_inference_steps,
             cfg=settings.true_cfg_scale,
+            cache_steps=settings.cache_steps,
         )
 
 
@@ -67,6 +70,7 @@ class Wanted(Record, frozen=True):
     height: int
     num_inference_steps: int
     true_cfg_scale: float
+    cache_steps: float = 0.0
 
     def settings(self) -> Settings:
         return Settings(
@@ -75,6 +79,7 @@ class Wanted(Record, frozen=True):
             height=self.height,
             num_inference_steps=self.num_inference_steps,
             true_cfg_scale=self.true_cfg_scale,
+            cache_steps=self.cache_steps,
         )
 
 
@@ -94,7 +99,7 @@ def resolve(*layers: Settings) -> Settings:
     """
 
     def first(field: str) -> Any:
-        return next(value for layer in layers if (value := getattr(layer, field)) is not None)
+        return next(value for layer in (*layers, EVERY_STEP) if (value := getattr(layer, field)) is not None)
 
     settings = check_settings(Settings(**{field: first(field) for field in Settings.__struct_fields__}))
     return replace(settings, true_cfg_scale=max(first("true_cfg_scale"), NO_GUIDANCE))
@@ -119,6 +124,7 @@ def as_wanted(item: LatentsItem) -> Wanted:
         height=item.height,
         num_inference_steps=item.num_inference_steps,
         true_cfg_scale=max(item.true_cfg_scale, NO_GUIDANCE),
+        cache_steps=item.cache_steps or 0.0,
     )
 
 
@@ -154,6 +160,8 @@ def check_settings(settings: Settings) -> Settings:
         raise UserError(f"steps must be at least 1 and at most {MAX_STEPS}, not {settings.num_inference_steps}")
     if settings.true_cfg_scale is not None and not math.isfinite(settings.true_cfg_scale):
         raise UserError(f"cfg must be a finite number, not {settings.true_cfg_scale}")
+    if settings.cache_steps is not None and not 0 <= settings.cache_steps <= 1:
+        raise UserError(f"cache_steps must be between 0, which is off, and 1, not {settings.cache_steps}")
     return settings
 
 
@@ -244,6 +252,7 @@ def _prompt(entry: Entry, where: str) -> Prompt:
             height=height,
             num_inference_steps=entry.steps,
             true_cfg_scale=entry.cfg,
+            cache_steps=entry.cache_steps,
         )
         return Prompt(
             prompt=entry.prompt,

@@ -3,9 +3,11 @@
     <key>.trajectory.zarr   float32 [steps + 1, C, h, w], one chunk a step; step 0 is the noise
     <key>.trajectory.json   the hash of each chunk: without it, one step's chunk could stand in another's place
 
-A chunk is there whole or not at all, after its hash; it counts if it matches that.
+A chunk is there whole or not at all, after its hash; it counts if it matches that. Steps that reuse what earlier ones
+computed cannot be gone on from: then the record says from which step on nothing earlier is needed.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ MAX_RECORD_BYTES = 1 << 20
 class TrajectoryRecord(Record, frozen=True, kw_only=True):
     key: str
     chunks: dict[int, Sha256]
+    resumable: int | None = None  # None: any step
     checksum: str = ""
 
 
@@ -33,12 +36,12 @@ class Trajectory:
         self.path = directory / self.name
         self.record = directory / f"{key}.trajectory.json"
         self.shape = (steps + 1, *shape)
-        self._chunks: dict[int, str] | None = None
+        self._record: TrajectoryRecord | None = None
 
     def steps(self) -> set[int]:
         """The steps that have a chunk, whatever is in it."""
         found = {int(path.name) for path in (self.path / "c").glob("*") if path.name.isdecimal()}
-        return found & self._recorded().keys()
+        return found & self._recorded().chunks.keys()
 
     def read(self, step: int) -> "np.ndarray | None":
         """The latents [C, h, w] after so many steps, or None if they are not there or damaged."""
@@ -48,18 +51,24 @@ class Trajectory:
                 arrays.METADATA: disk.read(self.path / arrays.METADATA, arrays.MAX_METADATA_BYTES),
                 name: disk.read(self.path / name, arrays.chunk_bytes(self.shape[1:])),
             }
-            if keys.sha256(files[name]) != self._recorded().get(step):
+            if keys.sha256(files[name]) != self._recorded().chunks.get(step):
                 return None
             return arrays.unpack_step(files, self.shape, step)
         except (OSError, UserError, ValueError, IndexError):
             return None
 
-    def write(self, step: int, latents: "np.ndarray") -> None:
+    def resumable(self, reached: int) -> int:
+        """The step to go on from where the steps up to `reached` are there."""
+        own = self._recorded().resumable
+        return reached if own is None else own
+
+    def write(self, step: int, latents: "np.ndarray", resumable: int | None = None) -> None:
+        """The latents [C, h, w] after so many steps; `resumable` is the step to go on from, if it is not this one."""
         files = arrays.pack_step(self.shape, step, latents)
         name = arrays.chunk_name(step)
-        self._chunks = {**self._recorded(), step: keys.sha256(files[name])}
-        record = TrajectoryRecord(key=self.key, chunks=self._chunks)
-        disk.publish(self.directory, self.record.name, store.seal(record, TrajectoryRecord))
+        chunks = {**self._recorded().chunks, step: keys.sha256(files[name])}
+        self._record = TrajectoryRecord(key=self.key, chunks=chunks, resumable=resumable)
+        disk.publish(self.directory, self.record.name, store.seal(self._record, TrajectoryRecord))
         if self._is_begun():
             disk.publish(self.directory, f"{self.name}/c/{step}", {name.removeprefix(f"c/{step}/"): files[name]})
         else:
@@ -80,15 +89,13 @@ class Trajectory:
         record = store.describe(self.record.name, disk.read(self.record, MAX_RECORD_BYTES))
         return (*store.describe(self.name, content), *record)
 
-    def _recorded(self) -> dict[int, str]:
-        if self._chunks is None:
-            self._chunks = {}
-            try:
+    def _recorded(self) -> TrajectoryRecord:
+        if self._record is None:
+            self._record = TrajectoryRecord(key=self.key, chunks={})  # as if there were no steps
+            with suppress(OSError, UserError, ValueError):
                 record = store.unseal(disk.read(self.record, MAX_RECORD_BYTES), TrajectoryRecord)
-                self._chunks = record.chunks if record.key == self.key else {}
-            except (OSError, UserError, ValueError):
-                pass  # as if there were no steps
-        return self._chunks
+                self._record = record if record.key == self.key else self._record
+        return self._record
 
     def _is_begun(self) -> bool:
         try:
@@ -108,7 +115,10 @@ def forget_steps(directory: Path) -> None:
 
 
 def resume(trajectories: list[Trajectory], whole: bool) -> "tuple[int, list[np.ndarray]] | None":
-    """The last step that all of them hold undamaged, and their latents there; with `whole`, the last before a gap."""
+    """The last step that all of them hold undamaged, and their latents there; with `whole`, the last before a gap.
+
+    Or the step before it that they say is the one to go on from.
+    """
     common = set.intersection(*(trajectory.steps() for trajectory in trajectories))
     steps = list(range(len(common))) if whole else sorted(common, reverse=True)
     best = None
@@ -118,4 +128,7 @@ def resume(trajectories: list[Trajectory], whole: bool) -> "tuple[int, list[np.n
             best = step, latents
         if whole == (len(latents) < len(trajectories)):  # the first gap, or the first that has none
             break
+    if best and (resumable := min(trajectory.resumable(best[0]) for trajectory in trajectories)) != best[0]:
+        latents = [found for trajectory in trajectories if (found := trajectory.read(resumable)) is not None]
+        best = (resumable, latents) if resumable < best[0] and len(latents) == len(trajectories) else None
     return best if best and best[0] else None

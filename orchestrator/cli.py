@@ -202,6 +202,7 @@ def _run(args: argparse.Namespace) -> int:
             size=size,
             steps=settings.num_inference_steps,
             cfg=settings.true_cfg_scale,
+            cache_steps=settings.cache_steps,
         )
         for prompt in args.prompts
     ]
@@ -254,6 +255,7 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     args.size = args.size or f"{recipe.width}x{recipe.height}"
     args.steps = args.steps or recipe.num_inference_steps
     args.cfg = recipe.true_cfg_scale if args.cfg is None else args.cfg
+    args.cache_steps = recipe.cache_steps if args.cache_steps is None else args.cache_steps
     args.negative_prompt = recipe.negative_prompt if args.negative_prompt is None else args.negative_prompt
     compute, bits = split(recipe.dtype)
     args.quantize = bits if args.quantize is None else args.quantize
@@ -293,7 +295,8 @@ def _pictures(run: Path, prompts: list[str], settings: "Settings") -> list[Path]
         seeds = {item.seed} if settings.seeds is None else {*settings.seeds, None}
         fields = ("width", "height", "num_inference_steps", "true_cfg_scale")
         same = all(getattr(settings, field) in (None, getattr(item, field)) for field in fields)
-        return item.prompt in prompts and item.seed in seeds and same
+        cached = settings.cache_steps in (None, item.cache_steps or 0)
+        return item.prompt in prompts and item.seed in seeds and same and cached
 
     latents, _ = store.read_manifest(store.find(run, LatentsManifest), LatentsManifest)
     directory = store.find(run, ImagesManifest)
@@ -526,6 +529,7 @@ def _settings(args: argparse.Namespace, seeds: list[int]) -> "Settings":
             height=height,
             num_inference_steps=args.steps,
             true_cfg_scale=args.cfg,
+            cache_steps=args.cache_steps,
         )
     )
 
@@ -624,6 +628,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     cfg_help = "guidance; 1 or less turns it off and halves the time; default: the model's own, or 4.0"
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
+    cache_help = (
+        "skip most of a step if its first block adds much the same as at one before; try 0.1; default: 0, never"
+    )
+    add("--cache-steps", type=float, metavar="THRESHOLD", help=cache_help)
     add("--batch", type=_positive, default=1, metavar="N", help="pictures in one pass; default: 1")
     together_help = "prompt and negative prompt in one pass; default: for small pictures on NVIDIA GPUs"
     add("--batch-guidance", action=argparse.BooleanOptionalAction, help=together_help)
@@ -744,7 +752,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
-    doctor.set_defaults(command=_doctor)
+    doctor.set_defaults(command=_doctor, cache_steps=None)
 
     models = commands.add_parser("models", help="checkpoints: make a smaller one")
     actions = models.add_subparsers(required=True, metavar="ACTION")

@@ -124,6 +124,7 @@ def _made(recipe: Recipe, source: str) -> Entry:
         size=f"{recipe.width}x{recipe.height}",
         steps=recipe.num_inference_steps,
         cfg=recipe.true_cfg_scale,
+        cache_steps=recipe.cache_steps,
     )
 
 

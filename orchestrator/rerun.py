@@ -196,6 +196,7 @@ class Rerun:
             *_option("--size", size),
             *_option("--steps", settings.num_inference_steps),
             *_option("--cfg", settings.true_cfg_scale),
+            *_option("--cache-steps", settings.cache_steps),
             *(["--seed", *map(str, settings.seeds)] if settings.seeds else []),
             *(["--keep-trajectory"] if changes.keep_trajectory else []),
             *self.options,
@@ -265,6 +266,7 @@ def _changed(
             height=settings.height or wanted.height,
             num_inference_steps=settings.num_inference_steps or wanted.num_inference_steps,
             true_cfg_scale=cfg,
+            cache_steps=wanted.cache_steps if settings.cache_steps is None else settings.cache_steps,
         )
         for seed in seeds:
             yield item, replace(changed, seed=seed)

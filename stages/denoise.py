@@ -58,6 +58,7 @@ class Resolved(NamedTuple):
     height: int
     steps: int
     cfg: float
+    cache_steps: float
 
     @property
     def guided(self) -> bool:
@@ -277,37 +278,48 @@ class Latents:
 
 
 class Checkpoints:
-    """Saves a batch's latents as it goes on: all steps of a kept trajectory, else as often as 1% of time allows."""
+    """Saves a batch's latents as it goes on: all steps of a kept trajectory, else as often as 1% of time allows.
+
+    Else it is the step to go on from, which is the last, unless steps are cached.
+    """
 
     def __init__(
         self, trajectories: list[Trajectory], keep: bool, every_step: bool, interrupted: Callable[[], bool]
     ) -> None:
         self.trajectories, self.keep, self.interrupted = trajectories, keep, interrupted
         self.share = float("inf") if every_step else CHECKPOINT_SHARE
+        self.saved = 0
         self.saved_at = time.monotonic()
         self.saving_took = FIRST_SAVE_SECONDS
 
     def resume(self) -> "tuple[int, list[np.ndarray]] | None":
         """The step to go on from and the latents [C, h, w] there."""
-        return resume(self.trajectories, whole=self.keep)
+        found = resume(self.trajectories, whole=self.keep)
+        self.saved = found[0] if found else 0
+        return found
 
-    def after(self, step: int, last: bool, latents: "Callable[[], list[np.ndarray]]") -> None:
-        """Called after every step (0: before the first). Raises KeyboardInterrupt once saved, if that is wanted."""
+    def after(self, step: int, last: bool, resumable: int, latents: "Callable[[int], list[np.ndarray]]") -> None:
+        """Called after every step (0: before the first). Raises KeyboardInterrupt once saved, if that is wanted.
+
+        `resumable` is the step to go on from after an interruption, `latents` gives those of that step and of this.
+        """
         stop = self.interrupted()
         due = time.monotonic() - self.saved_at >= self.saving_took / self.share
-        if self.keep or stop or (due and step > 0 and not last):
-            self._save(step, latents())
+        if self.keep:
+            self._save(step, latents(step), None if resumable == step else resumable)
+        elif resumable > self.saved and (stop or (due and not last)):
+            self._save(resumable, latents(resumable))
         if stop:
             raise KeyboardInterrupt
 
-    def _save(self, step: int, latents: "list[np.ndarray]") -> None:
+    def _save(self, step: int, latents: "list[np.ndarray]", resumable: int | None = None) -> None:
         started = time.monotonic()
         for trajectory, each in zip(self.trajectories, latents, strict=True):
-            trajectory.write(step, each)
+            trajectory.write(step, each, resumable)
         if not self.keep:  # only now: the step before is what a kill in between goes back to
             for trajectory in self.trajectories:
                 trajectory.forget(trajectory.steps() - {step})
-        self.saved_at = time.monotonic()
+        self.saved, self.saved_at = step, time.monotonic()
         self.saving_took = self.saved_at - started
 
 
@@ -366,6 +378,8 @@ def _jobs(
             "dtype": dtype,
             "code": CODE_VERSION,
         }
+        if own.cache_steps:
+            determined_by["cache_steps"] = own.cache_steps
         key = keys.key(determined_by)
         jobs.append(Job(item, prompt.dtype, own, None if noise_sha256 else seed, array, noise_sha256, shape, key))
     return list({job.key: job for job in jobs}.values())  # a prompt written twice is one picture
@@ -417,11 +431,14 @@ def _load_embeddings(
 
 
 def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    """Pictures that can share a pass: neighbours of one size, number of steps and guidance."""
-    for _, group in groupby(jobs, key=lambda job: job.settings._replace(seeds=())):
-        members = list(group)
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
+    """Pictures that can share a pass: neighbours of one size, number of steps and guidance.
+
+    Not where steps are cached: which of them are reused is up to the picture.
+    """
+    for settings, group in groupby(jobs, key=lambda job: job.settings._replace(seeds=())):
+        members, together = list(group), 1 if settings.cache_steps else size
+        for start in range(0, len(members), together):
+            yield members[start : start + together]
 
 
 def _states(
@@ -436,7 +453,8 @@ def _states(
     at_work = sum(passes) if batch_guidance else max(passes)
     longest = max(len(prompts[key]) for job in jobs for key in (job.item.prompt_key, job.item.negative_key))
     attended = (height // 2) * (width // 2) + longest
-    return memory.image_states(config, at_work, sum(passes), attended, settings.steps, dtype)
+    cached = settings.cache_steps > 0
+    return memory.image_states(config, at_work, sum(passes), attended, settings.steps, dtype, cached)
 
 
 def _guides_together(jobs: list[Job]) -> bool:
@@ -469,6 +487,7 @@ def _denoise_batch(
     import mlx.core as mx
     import numpy as np
 
+    from stages.models.step_cache import StepCache
     from stages.models.transformer import pack_latents, unpack_latents
 
     settings = jobs[0].settings
@@ -480,8 +499,10 @@ def _denoise_batch(
     else:
         start, latents = 0, pack_latents(mx.stack([_noise(job) for job in jobs]))
 
-    def unpacked() -> "list[np.ndarray]":
-        return list(np.array(unpack_latents(latents, height, width)))
+    reached = {start: latents}  # by the step: the last, and the one to go on from
+
+    def unpacked(step: int) -> "list[np.ndarray]":
+        return list(np.array(unpack_latents(reached[step], height, width)))
 
     prompt_embeds = [[prompts[job.item.prompt_key] for job in jobs]]
     if settings.guided:
@@ -496,21 +517,28 @@ def _denoise_batch(
     steps = settings.steps
     step_done(start, steps)
     if not start:
-        checkpoints.after(0, False, unpacked)
+        checkpoints.after(0, False, 0, unpacked)
+    step_cache = StepCache(settings.cache_steps) if settings.cache_steps else None
+    resumable = start
     for i in range(start, steps):
-        predictions = transformer(latents.astype(compute), texts, modulations[i])
+        predictions = transformer(latents.astype(compute), texts, modulations[i], step_cache)
         velocity = mx.concatenate(predictions).astype(mx.float32)
         if settings.guided:
             positive, negative = velocity.split(2)
             velocity = guided(positive, negative, settings.cfg)
         latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
         mx.eval(latents)
+        if step_cache is None:
+            resumable = i + 1
+        elif not step_cache.reused:  # what follows may reuse what this step computed
+            resumable = i
+        reached = {step: reached[step] for step in reached if step == resumable} | {i + 1: latents}
         step_done(i + 1, steps)
-        checkpoints.after(i + 1, i + 1 == steps, unpacked)
+        checkpoints.after(i + 1, i + 1 == steps, resumable, unpacked)
         if preview and preview.is_due():  # where a straight line from here would end
             final = latents[:1] - sigmas[i + 1] * velocity[:1]
             preview.show(np.array(unpack_latents(final, height, width))[0])
-    return unpacked()
+    return unpacked(steps)
 
 
 def _say_resumed(notice: Notice, label: str, step: int) -> None:
@@ -549,6 +577,7 @@ def _latents_item(
         height=job.settings.height,
         num_inference_steps=job.settings.steps,
         true_cfg_scale=job.settings.cfg,
+        cache_steps=job.settings.cache_steps or None,
         embeddings_dtype=job.embeddings_dtype,
         dtype=dtype,
         shape=job.shape,

@@ -24,6 +24,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond ...
 LEAST_STATES = 768 << 20  # ... nor for less than this, where it is not promised away: small pictures would wait
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
+CACHED = 3  # numbers for each of a token's, of the states before and what was added to them
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 # numbers for each of a tile's pixels and channels, halo included: on CPUs, a convolution's unfolded input
 TILE_ACTIVATIONS = 13 if has_cuda() else 18
@@ -113,11 +114,14 @@ def text_states(config: "TextEncoderConfig", longest: int, together: int, dtype:
     return DTYPE_BYTES[dtype] * (longest * widest + 2 * together * config.hidden_size + scores)
 
 
-def image_states(config: "TransformerConfig", tokens: int, waiting: int, attended: int, steps: int, dtype: str) -> int:
+def image_states(
+    config: "TransformerConfig", tokens: int, waiting: int, attended: int, steps: int, dtype: str, cached: bool = False
+) -> int:
     """Bytes of what passes through the transformer: `tokens` at work in a block, of which one attends to `attended`;
-    those `waiting` for it; and the table of its modulation."""
+    those `waiting` for it, with what a cache keeps of them; and the table of its modulation."""
     scores = 0 if _has_gpu() else 2 * config.num_attention_heads * attended**2
-    at_work = config.dim * (BLOCK_ACTIVATIONS * tokens + 2 * waiting) + scores
+    kept = 2 + (CACHED if cached else 0)
+    at_work = config.dim * (BLOCK_ACTIVATIONS * tokens + kept * waiting) + scores
     return DTYPE_BYTES[dtype] * at_work + 2 * table_bytes(config, steps, dtype)
 
 

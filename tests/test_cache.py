@@ -319,7 +319,9 @@ def test_bad_sizes(text):
         cache.parse_bytes(text)
 
 
-@pytest.mark.parametrize("version", ["embeddings-1", "embeddings-2", "latents-1", "latents-2", "images-1"])
+@pytest.mark.parametrize(
+    "version", ["embeddings-1", "embeddings-2", "embeddings-3", "latents-1", "latents-2", "images-1"]
+)
 def test_manifests_of_older_versions_are_upgraded(tmp_path, version):
     """The golden files were written by the code of those versions."""
     (tmp_path / "manifest.json").write_bytes((GOLDEN / "manifests" / f"{version}.json").read_bytes())

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.reference, pytest.mark.skipif(not installed, reason="t
 if installed:
     import reference
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 SEED = int(os.environ.get("QWEN_STAGE_TEST_SEED") or secrets.randbelow(2**31))
@@ -122,6 +122,27 @@ def test_demo_model_matches_the_pipeline(qwen_stage, tmp_path):
     assert_close(latents, expected_latents)
     for ours, theirs in zip(pictures, expected_pictures, strict=True):
         assert_same_picture(ours, np.round(theirs * 255).astype(np.uint8))
+
+
+def test_cached_steps_match_the_pipelines_first_block_cache(qwen_stage, tmp_path):
+    """Without guidance, where both decide alike; which steps are reused is the same, or the pictures would differ."""
+    print(f"repeat with QWEN_STAGE_TEST_SEED={SEED}")
+    prompt, size, threshold = "a green square on a black background", 16, random.Random(SEED).uniform(0.1, 0.3)
+    noise = random_models.noise(1, size, size, SEED)
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    (tmp_path / "p.txt").write_text(prompt)
+    qwen_stage("encode", "p.txt", "--out=run", "--dtype=float32")
+    settings = ["--dtype=float32", "--noise=noise.safetensors", "--steps=20", "--cfg=1"]
+    settings += ["--size=128x128", f"--cache-steps={threshold}"]
+    assert qwen_stage("denoise", "--embeddings=run", *settings).code == 0
+    manifest, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    pipeline = reference.load(random_models.TINY)
+    arguments = {"prompt": prompt, "num_inference_steps": 20, "true_cfg_scale": 1.0}
+    exact, _ = reference.generate(pipeline, noise, **arguments)
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    expected, _ = reference.generate(pipeline, noise, **arguments)
+    assert_close(store.read_latents(tmp_path / "run/latents", manifest.items[0])[None], expected)
+    assert np.abs(expected - exact).max() > 0.01
 
 
 def test_our_prompt_embeds_feed_the_pipeline(qwen_stage, tmp_path):

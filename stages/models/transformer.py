@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from stages.models import kernels
 from stages.models.kernels import NORM_EPS, Heads, ImageTextRotary, Norm, Part, Rotary
+from stages.models.step_cache import StepCache
 
 ROPE_THETA = 10_000
 TIME_PROJ_DIM = 256
@@ -187,26 +188,41 @@ class QwenImageTransformer2DModel(nn.Module):
         self.transformer_blocks = [QwenImageTransformerBlock(config) for _ in range(config.num_layers)]
         self.proj_out = nn.Linear(dim, config.in_channels)
 
-    def __call__(self, hidden_states: mx.array, texts: list[Text], modulation: Modulation) -> list[mx.array]:
+    def __call__(
+        self, hidden_states: mx.array, texts: list[Text], modulation: Modulation, cache: StepCache | None = None
+    ) -> list[mx.array]:
         """Predicts the velocity (noise - image) of the same images beside each of several texts.
 
         hidden_states [B, S, in_channels] in the compute dtype; a text that packs n x B prompts takes the images n times
         over. Returns [n x B, S, in_channels] for each text. All of them pass one block before any passes the next.
+        With a cache, what the blocks behind the first add may be what they added at an earlier step.
         """
         mods = list(zip(modulation.img, modulation.txt, strict=True))
         norms = [[Norm(mod, SHIFT1, SCALE1) for mod in pair] for pair in mods]
         norms.append([Norm(modulation.out, shift=1, scale=0)])
-        streams = []
+        streams: list[tuple[Stream, Stream]] = []
+
+        def added(before: list[mx.array]) -> list[mx.array]:
+            return [img.x - x for (img, _), x in zip(streams, before, strict=True)]
+
         for text in texts:
             images = mx.concatenate([hidden_states] * (len(text.txt_seq_lens) // hidden_states.shape[0]))
             begin = zip((self.img_in(images), text.hidden_states), norms[0], strict=True)
             img, txt = (Stream(x, norm(x)) for x, norm in begin)
             streams.append((img, txt))
+        before = [img.x for img, _ in streams]
         for block, pair, next_norms in zip(self.transformer_blocks, mods, norms[1:], strict=True):
             streams = [
                 block(img, txt, text, *pair, next_norms) for (img, txt), text in zip(streams, texts, strict=True)
             ]
             kernels.begin(*(img.normed for img, _ in streams))
+            if cache and pair is mods[0]:
+                first, before = added(before), [img.x for img, _ in streams]
+                if (rest := cache.reuse(first)) is not None:
+                    (last_norm,) = norms[-1]
+                    return [self.proj_out(last_norm(x + more)) for x, more in zip(before, rest, strict=True)]
+        if cache:
+            cache.keep(added(before))
         return [self.proj_out(img.normed) for img, _ in streams]
 
     def text(self, encoder_hidden_states: mx.array, txt_seq_lens: list[int], height: int, width: int) -> Text:
