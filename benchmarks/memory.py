@@ -247,8 +247,9 @@ def main() -> None:
         show(bench.denoise("4 bits in memory", "8", "--no-stream", "--quantize=4", bits=4))
     if "decode" in args.only:
         for size in args.decode:
+            show(bench.decode(size))
             show(bench.decode(size, "--memory=2147MB"))
-            show(bench.decode(size, "--memory=2147MB", "--dtype=bfloat16"))
+            show(bench.decode(size, "--memory=2147MB", "--dtype=float32"))
     if "convert" in args.only:
         show(bench.convert())
     shutil.rmtree(bench.scratch)

@@ -298,10 +298,7 @@ SPEED = [
     Work("step", 2048),
     Work("step", batch=2),
     Work("step", bits=4),
-    Work("decode"),
-    Work("decode", 2048),
-    Work("decode", dtype="float32"),
-    Work("decode", 2048, dtype="float32"),
+    *(Work("decode", size, dtype=dtype) for dtype in ("float16", "bfloat16", "float32") for size in (1024, 2048)),
     Work("encode", tokens=64),
     Work("encode", tokens=512),
 ]

@@ -165,6 +165,7 @@ def bounded(weights: int, states: int, within: Budget) -> Iterator[None]:
     """Makes MLX wait for the GPU rather than allocate more than it needs beside weights that are or will be in memory.
 
     A GPU lags behind, and what it has not computed yet takes memory as well: 10 GB and more if nothing holds it back.
+    On Macs the memory is wired meanwhile, as macOS would page weights out between two steps.
     """
     import mlx.core as mx
 
@@ -172,9 +173,14 @@ def bounded(weights: int, states: int, within: Budget) -> Iterator[None]:
     held = max(weights, mx.get_active_memory())  # beyond its limit MLX may wait for what never ends
     floor = min(LEAST_STATES, within.size - held) if has_cuda() else 0
     before = mx.set_memory_limit(held + max(int(HELD_BACK_AT * states), floor))
+    to_wire = int(mx.device_info()["max_recommended_working_set_size"]) if mx.metal.is_available() else 0
+    wired = mx.set_wired_limit(to_wire) if to_wire else 0
     try:
         yield
     finally:
+        if to_wire:
+            mx.synchronize()  # what is at work must stay wired
+            mx.set_wired_limit(wired)
         mx.set_memory_limit(before)
 
 

@@ -586,3 +586,13 @@ def test_decode_keeps_to_its_budget(qwen_stage, tmp_path, small_model, monkeypat
     fresh_cache()
     refused = qwen_stage("decode", "run", "--memory=1MB", "--out=none")
     assert (refused.code, "more than --memory 1 MB" in refused.err) == (2, True)
+
+
+def test_on_macs_memory_is_wired_while_it_is_at_work(monkeypatch):
+    wired = [0]
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 << 30})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: (wired[-1], wired.append(size))[0])
+    with memory.bounded(1000, 1000, memory.Budget(1 << 40, False)):
+        assert wired == [0, 12 << 30]
+    assert wired == [0, 12 << 30, 0]
