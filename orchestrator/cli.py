@@ -94,12 +94,13 @@ def _notice(line: str) -> None:
 
 def _encode(args: argparse.Namespace) -> int:
     from artifacts_schema.prompts import parse_prompts
-    from stages.checkpoint import open_checkpoint
+    from stages.checkpoint import Fetching, open_checkpoint
     from stages.encode import encode
 
     data, format, source = _read_prompts(args.prompts, args.format)
     prompts = parse_prompts(data, format, source)
-    checkpoint = open_checkpoint(args.model)
+    fetching = Fetching(("encode",), args.voice.report, args.voice.notice)
+    checkpoint = open_checkpoint(args.model, fetching)
     _announce(args.model, args.voice.notice)
     run = encode(
         prompts,
@@ -413,6 +414,33 @@ def _doctor(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _models_list(args: argparse.Namespace) -> int:
+    from orchestrator.models import listed
+
+    for line in listed():
+        print(line)
+    return EXIT_DONE
+
+
+def _models_show(args: argparse.Namespace) -> int:
+    from orchestrator.models import shown
+
+    for line in shown(args.name):
+        print(line)
+    return EXIT_DONE
+
+
+def _models_pull(args: argparse.Namespace) -> int:
+    from stages import hub
+
+    repository = hub.repository(args.name)
+    if repository is None:
+        raise UserError(f"{args.name!r} is no name on the hub; those are OWNER/NAME, or OWNER/NAME@REVISION")
+    stages = tuple(args.stage or hub.COMPONENTS)
+    print(hub.fetch(repository, stages, args.voice.report, args.voice.notice))
+    return EXIT_DONE
+
+
 def _models_convert(args: argparse.Namespace) -> int:
     from stages.convert import convert
 
@@ -587,7 +615,7 @@ def _seed(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
-    model_help = "directory of a Qwen-Image checkpoint, or its name in the Hugging Face cache"
+    model_help = "directory of a Qwen-Image checkpoint, or its name on the Hugging Face hub, as in Qwen/Qwen-Image-2512"
     add(
         "--model",
         type=_text,
@@ -754,8 +782,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
     doctor.set_defaults(command=_doctor, cache_steps=None)
 
-    models = commands.add_parser("models", help="checkpoints: make a smaller one")
+    models = commands.add_parser("models", help="checkpoints: those that are here, download one, make a smaller one")
     actions = models.add_subparsers(required=True, metavar="ACTION")
+    list_help = "the demo, and what is in the Hugging Face cache"
+    actions.add_parser("list", help=list_help).set_defaults(command=_models_list, debug=False)
+    show = actions.add_parser("show", help="what a checkpoint's parts are, and whether they are here")
+    show.add_argument("name", type=_text, nargs="?", metavar="NAME", help=f"{model_help}; default: the built-in demo")
+    show.set_defaults(command=_models_show, debug=False)
+    pull = actions.add_parser("pull", help="download a checkpoint from the Hugging Face hub, or what is missing of it")
+    pull.add_argument("name", type=_text, metavar="NAME", help="as in Qwen/Qwen-Image-2512, or NAME@REVISION")
+    stages_help = "only what these stages need; default: all"
+    pull.add_argument("--stage", nargs="+", choices=("encode", "denoise", "decode"), metavar="STAGE", help=stages_help)
+    pull.set_defaults(command=_models_pull, debug=False)
     convert = actions.add_parser("convert", help="the same checkpoint with quantized weights")
     add = convert.add_argument
     add("source", type=_text, metavar="SRC", help=model_help)

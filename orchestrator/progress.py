@@ -20,10 +20,11 @@ class Terminal:
         """`leave`: whether a bar stays on the screen when its work is done."""
         self.leave = leave
         self.bars: dict[int, tuple[str, Any]] = {}  # by their line: what is being done, and its bar
+        self.finished: dict[int, tuple[str, int]] = {}  # by their line: what was done last, of how much
 
     def report(self, label: str, done: int, total: int, line: int = 0) -> None:
         """One bar a label; each line of the display shows the latest."""
-        if not self.is_live():
+        if not self.is_live() or self.finished.get(line) == (label, done):
             return
         from tqdm import tqdm
 
@@ -35,6 +36,10 @@ class Terminal:
             )
         _, bar = self.bars[line]
         bar.update(done - bar.n)
+        self.finished.pop(line, None)
+        if done >= total:  # the next thing that is printed begins a line
+            self.close(line)
+            self.finished[line] = (label, done)
 
     def is_live(self) -> bool:
         return sys.stderr is not None and sys.stderr.isatty()

@@ -18,6 +18,8 @@ from artifacts_schema import keys, manifests
 from artifacts_schema.errors import Unavailable, UserError
 from artifacts_schema.manifests import Settings
 from artifacts_schema.prompts import check_settings, parse_size
+from stages import hub
+from stages.measure import Notice, Report
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "tiny"
@@ -87,8 +89,20 @@ class Checkpoint:
     def component(self, name: str) -> Path:
         path = self.directory / name
         if not path.is_dir():
-            raise Unavailable(f"{self.directory} has no {name}/; download the whole model or choose another --model")
+            on_hub = hub.repository(self.name)
+            how = f"fetch it with `qwen-stage models pull {self.name}`" if on_hub else "download the whole model"
+            raise Unavailable(f"{self.directory} has no {name}/; {how} or choose another --model")
         return path
+
+    def has(self, component: str) -> bool:
+        """Whether a component is here, not just the beginning of a download."""
+        directory = self.directory / component
+        if component in hub.WITHOUT_WEIGHTS:
+            return directory.is_dir()
+        try:
+            return all(path.exists() for path in _named_files(directory)[0])
+        except (UserError, OSError):
+            return False
 
     def config(self, component: str, kind: type[T], file: str = "config.json") -> T:
         """A component's config as the dataclass its model wants; unknown fields are the checkpoint's own business."""
@@ -109,7 +123,7 @@ class Checkpoint:
 
     def model(self, *components: str) -> manifests.Model:
         """How manifests name this checkpoint. A component that is not there has no fingerprint."""
-        present = [name for name in components if (self.directory / name).is_dir()]
+        present = [name for name in components if self.has(name)]
         return manifests.Model(name=self.name, fingerprints={name: self.fingerprint(name) for name in present})
 
     @cached_property
@@ -153,16 +167,27 @@ class Checkpoint:
     def check_made_with(self, made_with: manifests.Model, components: tuple[str, ...], what: str) -> None:
         """Raises when an artifact comes from other weights than these."""
         here = self.model(*components)
-        for component in components:
-            if made_with.fingerprints.get(component) != here.fingerprints.get(component):
+        for component in made_with.fingerprints.keys() & set(components):  # a VAE may not have been there
+            if made_with.fingerprints[component] != here.fingerprints.get(component):
                 raise UserError(
                     f"{what} made with another {component} ({made_with.name}) than that of {self.name}; "
                     "choose that model with --model, or another directory with --out"
                 )
 
 
-def open_checkpoint(model: str | None) -> Checkpoint:
-    """A directory, a model in the Hugging Face cache, or the built-in demo when no model is named."""
+class Fetching(NamedTuple):
+    """For which stages a model may be downloaded, and how that is told."""
+
+    stages: tuple[str, ...]
+    report: Report
+    notice: Notice
+
+
+def open_checkpoint(model: str | None, fetching: Fetching | None = None) -> Checkpoint:
+    """A directory, a model on the hub, or the built-in demo when no model is named.
+
+    What `fetching` names is downloaded if the Hugging Face cache lacks it; without it, what is there must do.
+    """
     if model is None or model == DEMO:
         return Checkpoint(DEMO, DEMO_DIRECTORY)
     path = Path(model)  # the shell has expanded ~
@@ -170,8 +195,8 @@ def open_checkpoint(model: str | None) -> Checkpoint:
     if path.is_dir():
         directory = path.resolve()
         name = str(directory)
-    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        directory = _in_hub_cache(model)
+    elif repository := hub.repository(model):
+        directory = _on_hub(repository, fetching)
     else:
         raise Unavailable(f"unknown model {model!r}: no such directory; give the directory of a Qwen-Image checkpoint")
     if not (directory / "model_index.json").exists() and not any((directory / name).is_dir() for name in COMPONENTS):
@@ -191,21 +216,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _in_hub_cache(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def _on_hub(repository: hub.Repository, fetching: Fetching | None) -> Path:
+    directory = hub.cached(repository)
+    if fetching is None:
+        if directory is None:
+            raise Unavailable(
+                f"unknown model {str(repository)!r}: not a directory and not in the Hugging Face cache; "
+                f"download it with `qwen-stage models pull {repository}`"
+            )
+        return directory
 
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise Unavailable(
-            f"unknown model {repository!r}: not a directory and not in the Hugging Face cache; "
-            f"download it with `hf download {repository}`"
-        ) from None
+    def is_here(stage: str) -> bool:
+        parts = Checkpoint(str(repository), directory) if directory else None
+        has_parts = parts is not None and all(parts.has(component) for component in hub.COMPONENTS[stage])
+        return has_parts and hub.has_files(repository, stage)
+
+    missing = tuple(stage for stage in fetching.stages if not is_here(stage))
+    if directory is None or missing:
+        return hub.fetch(repository, missing, fetching.report, fetching.notice)
+    return directory
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The shards an index names, or the single weight file; each checked to be complete."""
+def _named_files(directory: Path) -> tuple[set[Path], dict[str, str]]:
+    """The shards that an index names, and which tensor it says is where; or the single weight file."""
     indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) == 1:
         try:
@@ -218,6 +251,12 @@ def weight_files(directory: Path) -> list[Path]:
         expected = set(directory.glob(f"*{WEIGHTS_SUFFIX}"))
         if len(expected) != 1 or indexes:
             raise UserError(f"{directory} must hold one {WEIGHTS_SUFFIX} file, or several with one index file")
+    return expected, weight_map
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The shards an index names, or the single weight file; each checked to be complete."""
+    expected, weight_map = _named_files(directory)
     for path in sorted(expected):
         if not path.exists():
             raise UserError(f"{path} is missing; download the model again")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec.structs import replace
 
 from artifacts_schema import cache, keys, store
 from artifacts_schema.errors import UserError
@@ -25,7 +26,7 @@ from artifacts_schema.manifests import (
 )
 from stages import memory
 from stages.backend import prepare_mlx
-from stages.checkpoint import Checkpoint, has_cuda, open_checkpoint
+from stages.checkpoint import Checkpoint, Fetching, has_cuda, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
 from stages.preview import Fit
 
@@ -67,7 +68,7 @@ def decode(
     dtype = dtype or DEFAULT_DTYPE
     source = store.find(latents, LatentsManifest)
     manifest, manifest_id = store.read_manifest(source, LatentsManifest)
-    checkpoint = open_checkpoint(model or manifest.model.name)
+    checkpoint = open_checkpoint(model or manifest.model.name, Fetching(("decode",), report, notice))
     checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
     if tile is not None and (tile < SMALLEST_TILE or tile % checkpoint.vae_scale_factor):
         raise UserError(f"--tile {tile}: must be a multiple of {checkpoint.vae_scale_factor}, at least {SMALLEST_TILE}")
@@ -166,7 +167,8 @@ class Images:
     ) -> None:
         before = store.read_manifest_if_any(directory, ImagesManifest)
         self.directory, self.made_with, self.dtype = directory, checkpoint.model("vae"), dtype
-        self.latents_made_with = latents.model
+        fingerprints = {**latents.model.fingerprints, **self.made_with.fingerprints}
+        self.whole_model = replace(latents.model, fingerprints=fingerprints)
         self.inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), latents_id)))
         self.items = {item.key: item for item in before.items} if before else {}
         self.numbers = {item.key: number for number, item in enumerate(latents.items, 1)}
@@ -183,7 +185,7 @@ class Images:
         return [self.directory / self.items[key].file.path for key in self.wanted if key in self.whole]
 
     def recipe(self, key: str) -> Recipe:
-        return _recipe(self.wanted[key], self.latents_made_with, self.dtype)
+        return _recipe(self.wanted[key], self.whole_model, self.dtype)
 
     def adopt(self, notice: Notice) -> None:
         """Takes from the cache what is missing here."""

@@ -14,7 +14,8 @@ from stages.backend import PACKAGE, open_blas
 from stages.checkpoint import Checkpoint, default_dtype, weight_files
 from stages.decode import DEFAULT_DTYPE, TILES
 from stages.denoise import Resolved
-from stages.memory import Budget, Weights, gigabytes
+from stages.measure import gigabytes
+from stages.memory import Budget, Weights
 
 PROMPT_TOKENS = 100  # of a prompt and of its negative prompt, the template included
 SAMPLE_BYTES = 256 << 20  # read to measure the disk

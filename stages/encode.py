@@ -202,7 +202,8 @@ def _embed(
     stream = memory.streams("text encoder", loading.weights(), states, stream, within, notice, once=once)
     model = load_model(loading, stream=stream, report=report)
     embeddings: dict[str, Embedding] = {}
-    report("encode", 0, len(todo))
+    if not stream:  # else it is the layers that are counted
+        report("encode", 0, len(todo))
     for wave in waves if stream else [[text] for text in todo]:
         if isinstance(model.layers, Streamed):
             model.layers.after_layer = partial(report, f"encode {len(embeddings) + len(wave)}/{len(todo)}")
@@ -218,7 +219,8 @@ def _embed(
                 key=key, tokens=tokens, prompt_tokens=todo[text].prompt_tokens, dim=dim, dtype=dtype, file=file
             )
             cache.put(cache.EMBEDDINGS, key, embeddings[key], content)
-        report("encode", len(embeddings), len(todo))
+        if not stream:
+            report("encode", len(embeddings), len(todo))
     return {texts[text]: embeddings[texts[text]] for text in todo}
 
 

@@ -38,6 +38,10 @@ def forget_peak() -> None:
         sys.modules["mlx.core"].reset_peak_memory()
 
 
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
 def versions() -> dict[str, str]:
     """Of what ran here; MLX is not there when everything was cached."""
     mlx = {"mlx": sys.modules["mlx.core"].__version__} if "mlx.core" in sys.modules else {}

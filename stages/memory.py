@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from artifacts_schema.errors import UserError
 from stages.checkpoint import has_cuda
-from stages.measure import Notice
+from stages.measure import Notice, gigabytes
 
 if TYPE_CHECKING:
     from stages.models.text_encoder import TextEncoderConfig
@@ -230,7 +230,3 @@ def streams(
                 f"{gigabytes(resident)}, more than {within}"
             )
     return stream
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

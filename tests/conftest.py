@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from orchestrator import cli
 from stages.backend import prepare_mlx
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub
 prepare_mlx()  # as the stages do it in their own processes, whose results are compared with those here
 RANDOM_CASES = sorted(path.stem for path in GOLDEN.glob("*.json") if path.stem != "demo")
 
