@@ -58,6 +58,8 @@ class Settings(SettingsV3, frozen=True, kw_only=True):
     """What a prompt asks of the later stages; None leaves it to the command line or the checkpoint's defaults."""
 
     cache_steps: float | None = None  # 0: every step is computed
+    shift: float | None = None  # of the noise levels; 0: as the model has it
+    sigmas: tuple[float, ...] | None = None  # the noise levels themselves but for the last, which is 0; none: as above
 
 
 class PromptItemV3(Record, frozen=True, kw_only=True):
@@ -139,6 +141,12 @@ class LatentsItem(LatentsItemV2, frozen=True, kw_only=True):
 
     embeddings_dtype: Precision | None = None  # None: from before it was recorded
     cache_steps: float | None = None  # None: every step was computed
+    shift: float | None = None  # None: as the model has it
+    sigmas: tuple[float, ...] | None = None  # None: as the steps and the shift have it
+
+    def unusual(self) -> dict[str, str]:
+        """What most pictures leave alone, by the name of its option."""
+        return unusual(self.shift, self.sigmas, self.cache_steps)
 
 
 class Recipe(Record, frozen=True, kw_only=True):
@@ -153,6 +161,8 @@ class Recipe(Record, frozen=True, kw_only=True):
     num_inference_steps: Positive
     true_cfg_scale: float
     cache_steps: float | None = None  # None: every step was computed
+    shift: float | None = None  # None: as the model has it
+    sigmas: tuple[float, ...] | None = None  # None: as the steps and the shift have it
     model: Annotated[str, Meta(pattern="^[^\0]*$")]
     fingerprints: dict[str, Sha256]
     embeddings_dtype: Precision | None = None  # None: from before it was recorded
@@ -162,6 +172,7 @@ class Recipe(Record, frozen=True, kw_only=True):
 
     def parameters(self) -> str:
         """The same in the form that other tools read, under `parameters`."""
+        own = unusual(self.shift, self.sigmas, self.cache_steps)
         settings = {
             "Steps": self.num_inference_steps,
             "Sampler": "Euler",
@@ -169,7 +180,7 @@ class Recipe(Record, frozen=True, kw_only=True):
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
-            "Cache steps": self.cache_steps,
+            **{name.replace("-", " ").capitalize(): value for name, value in own.items()},
         }
         said = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
         negative = "" if self.negative_prompt is None else f"Negative prompt: {self.negative_prompt}\n"
@@ -290,6 +301,13 @@ class ImagesManifest(Manifest, frozen=True, tag="qwen-stage/images/2", kw_only=T
     kind: ClassVar[str] = "images"
     older: ClassVar[tuple[type[ManifestV1], ...]] = (ImagesManifestV1,)
     items: tuple[ImageItem, ...]
+
+
+def unusual(shift: float | None, sigmas: tuple[float, ...] | None, cache_steps: float | None) -> dict[str, str]:
+    """Of the settings that are mostly left alone, those that are not, by the names of their options."""
+    spelled = None if sigmas is None else ",".join(f"{sigma:g}" for sigma in sigmas)
+    values = {"shift": shift, "sigmas": spelled, "cache-steps": cache_steps}
+    return {name: f"{value:g}" if isinstance(value, float) else value for name, value in values.items() if value}
 
 
 def split(precision: str) -> tuple[Dtype, Bits | None]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ FORMATS = ("txt", "toml", "jsonl")
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000  # as many as training had noise levels
 NO_GUIDANCE = 1.0  # a cfg of that or less; all guidance that is none is the same
-EVERY_STEP = Settings(cache_steps=0.0)  # is computed, unless somebody says otherwise
+USUAL = Settings(cache_steps=0.0, shift=0.0, sigmas=())  # unless somebody says otherwise
 
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     steps: int | None = None
     cfg: float | None = None
     cache_steps: float | None = None
+    shift: float | None = None
+    sigmas: list[float] | None = None
     priority: int = 0
 
     @classmethod
@@ -57,6 +60,8 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             steps=settings.num_inference_steps,
             cfg=settings.true_cfg_scale,
             cache_steps=settings.cache_steps,
+            shift=settings.shift,
+            sigmas=None if settings.sigmas is None else list(settings.sigmas),
         )
 
 
@@ -71,6 +76,8 @@ class Wanted(Record, frozen=True):
     num_inference_steps: int
     true_cfg_scale: float
     cache_steps: float = 0.0
+    shift: float = 0.0
+    sigmas: tuple[float, ...] = ()
 
     def settings(self) -> Settings:
         return Settings(
@@ -80,6 +87,8 @@ class Wanted(Record, frozen=True):
             num_inference_steps=self.num_inference_steps,
             true_cfg_scale=self.true_cfg_scale,
             cache_steps=self.cache_steps,
+            shift=self.shift,
+            sigmas=self.sigmas,
         )
 
 
@@ -95,14 +104,24 @@ def parse_prompts(data: bytes, format: str, source: str) -> list[Prompt]:
 def resolve(*layers: Settings) -> Settings:
     """Settings with nothing left open: the first layer that says something wins, field by field.
 
+    Noise levels count where they come before any number of steps or shift, and then they are what says those.
     Checked again, as manifests can be edited.
     """
+    layers = (*layers, USUAL)
 
     def first(field: str) -> Any:
-        return next(value for layer in (*layers, EVERY_STEP) if (value := getattr(layer, field)) is not None)
+        return next(value for layer in layers if (value := getattr(layer, field)) is not None)
 
-    settings = check_settings(Settings(**{field: first(field) for field in Settings.__struct_fields__}))
+    fields = {field: first(field) for field in Settings.__struct_fields__}
+    fields["sigmas"] = next(layer.sigmas or () for layer in layers if _says_noise_levels(layer))
+    if fields["sigmas"]:
+        fields |= {"num_inference_steps": len(fields["sigmas"]), "shift": 0.0}
+    settings = check_settings(Settings(**fields))
     return replace(settings, true_cfg_scale=max(first("true_cfg_scale"), NO_GUIDANCE))
+
+
+def _says_noise_levels(settings: Settings) -> bool:
+    return not settings.sigmas == settings.shift == settings.num_inference_steps is None
 
 
 def pictures_of(item: PromptItem, *layers: Settings) -> Iterator[Wanted]:
@@ -125,6 +144,8 @@ def as_wanted(item: LatentsItem) -> Wanted:
         num_inference_steps=item.num_inference_steps,
         true_cfg_scale=max(item.true_cfg_scale, NO_GUIDANCE),
         cache_steps=item.cache_steps or 0.0,
+        shift=item.shift or 0.0,
+        sigmas=item.sigmas or (),
     )
 
 
@@ -162,7 +183,20 @@ def check_settings(settings: Settings) -> Settings:
         raise UserError(f"cfg must be a finite number, not {settings.true_cfg_scale}")
     if settings.cache_steps is not None and not 0 <= settings.cache_steps <= 1:
         raise UserError(f"cache_steps must be between 0, which is off, and 1, not {settings.cache_steps}")
+    if settings.shift is not None and not (settings.shift >= 0 and math.isfinite(settings.shift)):
+        raise UserError(f"shift must be positive, or 0 for the model's own, not {settings.shift}")
+    if settings.sigmas:
+        _check_sigmas(settings, settings.sigmas)
     return settings
+
+
+def _check_sigmas(settings: Settings, sigmas: tuple[float, ...]) -> None:
+    if len(sigmas) > MAX_STEPS:
+        raise UserError(f"there are {len(sigmas)} sigmas, at most {MAX_STEPS} are allowed")
+    if not all(1 >= before > after > 0 for before, after in pairwise((*sigmas, sys.float_info.min))):
+        raise UserError("sigmas must go down from at most 1 and stay above 0; the 0 at the end goes without saying")
+    if settings.num_inference_steps not in (None, len(sigmas)) or settings.shift:
+        raise UserError("sigmas say themselves how many steps there are and how they are shifted; leave out the others")
 
 
 def _decode(data: bytes, source: str) -> str:
@@ -253,6 +287,8 @@ def _prompt(entry: Entry, where: str) -> Prompt:
             num_inference_steps=entry.steps,
             true_cfg_scale=entry.cfg,
             cache_steps=entry.cache_steps,
+            shift=entry.shift,
+            sigmas=None if entry.sigmas is None else tuple(entry.sigmas),
         )
         return Prompt(
             prompt=entry.prompt,

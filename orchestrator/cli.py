@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from artifacts_schema.manifests import Settings
 
 MOST_MORE_SEEDS = 10_000
+# of Qwen-Image-Lightning's authors
+PRESETS: dict[str, dict[str, float]] = {
+    "lightning-4": {"steps": 4, "cfg": 1.0, "shift": 3.0},
+    "lightning-8": {"steps": 8, "cfg": 1.0, "shift": 3.0},
+}
 SAME_GESTURE_SECONDS = 1.0  # a Ctrl-C may arrive twice: from the terminal and from the parent
 
 
@@ -29,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     args = _parser().parse_args(arguments)
     args.voice = Terminal().voice()
+    for name, value in PRESETS.get(getattr(args, "preset", None) or "", {}).items():
+        if getattr(args, name) is None and (name == "cfg" or args.sigmas is None):
+            setattr(args, name, value)
     _SIGNALS.install()
     try:
         code: int = args.command(args)
@@ -204,6 +212,8 @@ def _run(args: argparse.Namespace) -> int:
             steps=settings.num_inference_steps,
             cfg=settings.true_cfg_scale,
             cache_steps=settings.cache_steps,
+            shift=settings.shift,
+            sigmas=None if settings.sigmas is None else list(settings.sigmas),
         )
         for prompt in args.prompts
     ]
@@ -254,7 +264,11 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     args.model = args.model or recipe.model
     args.seed = args.seed or ([] if recipe.seed is None else [recipe.seed])
     args.size = args.size or f"{recipe.width}x{recipe.height}"
-    args.steps = args.steps or recipe.num_inference_steps
+    if args.steps is args.shift is args.sigmas is None:
+        args.sigmas = recipe.sigmas
+    if args.sigmas is None:
+        args.steps = args.steps or recipe.num_inference_steps
+        args.shift = recipe.shift if args.shift is None else args.shift
     args.cfg = recipe.true_cfg_scale if args.cfg is None else args.cfg
     args.cache_steps = recipe.cache_steps if args.cache_steps is None else args.cache_steps
     args.negative_prompt = recipe.negative_prompt if args.negative_prompt is None else args.negative_prompt
@@ -291,13 +305,17 @@ def _pictures(run: Path, prompts: list[str], settings: "Settings") -> list[Path]
     """A run's pictures of these prompts with these settings; it may hold others, made before."""
     from artifacts_schema import store
     from artifacts_schema.manifests import ImagesManifest, LatentsItem, LatentsManifest
+    from artifacts_schema.prompts import USUAL
 
     def is_asked_for(item: LatentsItem) -> bool:
         seeds = {item.seed} if settings.seeds is None else {*settings.seeds, None}
         fields = ("width", "height", "num_inference_steps", "true_cfg_scale")
         same = all(getattr(settings, field) in (None, getattr(item, field)) for field in fields)
-        cached = settings.cache_steps in (None, item.cache_steps or 0)
-        return item.prompt in prompts and item.seed in seeds and same and cached
+        unusual = ("cache_steps", "shift", "sigmas")
+        same &= all(
+            getattr(settings, field) in (None, getattr(item, field) or getattr(USUAL, field)) for field in unusual
+        )
+        return item.prompt in prompts and item.seed in seeds and same
 
     latents, _ = store.read_manifest(store.find(run, LatentsManifest), LatentsManifest)
     directory = store.find(run, ImagesManifest)
@@ -558,8 +576,17 @@ def _settings(args: argparse.Namespace, seeds: list[int]) -> "Settings":
             num_inference_steps=args.steps,
             true_cfg_scale=args.cfg,
             cache_steps=args.cache_steps,
+            shift=args.shift,
+            sigmas=args.sigmas,
         )
     )
+
+
+def _numbers(argument: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in argument.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a list of numbers, as in 1,0.9,0.75,0.5") from None
 
 
 def _text(argument: str) -> str:
@@ -656,6 +683,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     cfg_help = "guidance; 1 or less turns it off and halves the time; default: the model's own, or 4.0"
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
+    shift_help = "stay longer at strong noise: sigma -> S sigma / (1 + (S - 1) sigma); default: as the model does it"
+    add("--shift", type=float, metavar="S", help=shift_help)
+    sigmas_help = (
+        "the noise levels themselves, separated by commas, as in 1,0.9,0.75,0.5; instead of --steps and --shift"
+    )
+    add("--sigmas", type=_numbers, metavar="LIST", help=sigmas_help)
+    preset_help = "steps, cfg and shift for checkpoints that need few steps"
+    add("--preset", choices=tuple(PRESETS), help=preset_help)
     cache_help = (
         "skip most of a step if its first block adds much the same as at one before; try 0.1; default: 0, never"
     )
@@ -780,7 +815,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
-    doctor.set_defaults(command=_doctor, cache_steps=None)
+    doctor.set_defaults(command=_doctor, cache_steps=None, shift=None, sigmas=None)
 
     models = commands.add_parser("models", help="checkpoints: those that are here, download one, make a smaller one")
     actions = models.add_subparsers(required=True, metavar="ACTION")

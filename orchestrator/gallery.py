@@ -162,7 +162,7 @@ def _card(each: Shown) -> str:
     if latents:
         guidance = "no guidance" if latents.negative_key is None else f"cfg {latents.true_cfg_scale:g}"
         facts += [f"{latents.width}×{latents.height}", f"{latents.num_inference_steps} steps", guidance]
-        facts += [] if latents.cache_steps is None else [f"steps cached at {latents.cache_steps:g}"]
+        facts += [f"{name} {value}" for name, value in latents.unusual().items()]
         facts += [f"{latents.cost.seconds:.0f} s"] if latents.cost.seconds >= 1 else []
     if latents and latents.negative_key and latents.negative_prompt.strip():
         facts.append(f"not: <bdi>{escape(latents.negative_prompt)}</bdi>")
@@ -185,8 +185,7 @@ def _command(each: Shown) -> list[str]:
     options = [size, f"--steps={latents.num_inference_steps}", f"--cfg={latents.true_cfg_scale:g}"]
     if latents.negative_key and latents.negative_prompt.strip():
         options.append(f"--negative-prompt={latents.negative_prompt}")
-    if latents.cache_steps is not None:
-        options.append(f"--cache-steps={latents.cache_steps:g}")
+    options += [f"--{name}={value}" for name, value in latents.unusual().items()]
     options.append(f"--model={each.model}")
     return ["qwen-stage", "run", *options, f"--seed={image.seed}", "--", image.prompt]
 

@@ -103,7 +103,7 @@ def in_words(directory: Path, manifest: Any) -> Iterator[str]:
         if isinstance(item, LatentsItem):
             noise = "injected noise" if item.seed is None else f"seed {item.seed}"
             how = f"{noise}, {item.width}x{item.height}, {item.num_inference_steps} steps, cfg {item.true_cfg_scale:g}"
-            how += "" if item.cache_steps is None else f", steps cached at {item.cache_steps:g}"
+            how += "".join(f", {name} {value}" for name, value in item.unusual().items())
             yield f"  {number:04d} {item.prompt!r}: {how}, {item.dtype}, {cost(item)}"
         elif isinstance(manifest, ImagesManifest):
             yield f"  {item.file.path}: {item.prompt!r}, from latents {item.latents_key}, {cost(item)}"

@@ -125,6 +125,8 @@ def _made(recipe: Recipe, source: str) -> Entry:
         steps=recipe.num_inference_steps,
         cfg=recipe.true_cfg_scale,
         cache_steps=recipe.cache_steps,
+        shift=recipe.shift,
+        sigmas=None if recipe.sigmas is None else list(recipe.sigmas),
     )
 
 

@@ -197,6 +197,8 @@ class Rerun:
             *_option("--steps", settings.num_inference_steps),
             *_option("--cfg", settings.true_cfg_scale),
             *_option("--cache-steps", settings.cache_steps),
+            *_option("--shift", settings.shift),
+            *_option("--sigmas", settings.sigmas and ",".join(map(str, settings.sigmas))),
             *(["--seed", *map(str, settings.seeds)] if settings.seeds else []),
             *(["--keep-trajectory"] if changes.keep_trajectory else []),
             *self.options,
@@ -257,6 +259,8 @@ def _changed(
         else:
             seeds = settings.seeds or (item.seed,)
         cfg = max(wanted.true_cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale, NO_GUIDANCE)
+        sigmas = wanted.sigmas if settings.num_inference_steps is settings.shift is None else ()
+        sigmas = sigmas if settings.sigmas is None else settings.sigmas
         changed = replace(
             wanted,
             negative_key=(item.negative_key or negatives.get((item.prompt_key, item.negative_prompt)))
@@ -264,7 +268,9 @@ def _changed(
             else None,
             width=settings.width or wanted.width,
             height=settings.height or wanted.height,
-            num_inference_steps=settings.num_inference_steps or wanted.num_inference_steps,
+            num_inference_steps=len(sigmas) or settings.num_inference_steps or wanted.num_inference_steps,
+            sigmas=sigmas,
+            shift=0.0 if sigmas else wanted.shift if settings.shift is None else settings.shift,
             true_cfg_scale=cfg,
             cache_steps=wanted.cache_steps if settings.cache_steps is None else settings.cache_steps,
         )

@@ -278,6 +278,8 @@ def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
         num_inference_steps=item.num_inference_steps,
         true_cfg_scale=item.true_cfg_scale,
         cache_steps=item.cache_steps,
+        shift=item.shift,
+        sigmas=item.sigmas,
         model=Path(model.name).name if Path(model.name).is_absolute() else model.name,  # pictures travel, paths do not
         fingerprints=model.fingerprints,
         embeddings_dtype=item.embeddings_dtype,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -59,6 +59,8 @@ class Resolved(NamedTuple):
     steps: int
     cfg: float
     cache_steps: float
+    shift: float
+    sigmas: tuple[float, ...]
 
     @property
     def guided(self) -> bool:
@@ -366,7 +368,7 @@ def _jobs(
         if array is not None and array.shape != shape:
             raise UserError(f"--noise {noise} gives {array.shape} where {item.prompt!r} needs {shape}")
         noise_sha256 = None if array is None else keys.sha256(memoryview(array))
-        determined_by = {
+        determined_by: dict[str, Any] = {
             "prompt_embeds": item.prompt_key,
             "negative": item.negative_key if own.guided else None,
             "noise": noise_sha256 or seed,
@@ -378,8 +380,8 @@ def _jobs(
             "dtype": dtype,
             "code": CODE_VERSION,
         }
-        if own.cache_steps:
-            determined_by["cache_steps"] = own.cache_steps
+        unusual: dict[str, Any] = {"cache_steps": own.cache_steps, "shift": own.shift, "sigmas": own.sigmas}
+        determined_by |= {name: value for name, value in unusual.items() if value}
         key = keys.key(determined_by)
         jobs.append(Job(item, prompt.dtype, own, None if noise_sha256 else seed, array, noise_sha256, shape, key))
     return list({job.key: job for job in jobs}.values())  # a prompt written twice is one picture
@@ -466,7 +468,10 @@ def _guides_together(jobs: list[Job]) -> bool:
 def _sigmas(schedule: SchedulerConfig, job: Job) -> Sigmas:
     from stages.models.transformer import PATCH_SIZE
 
+    if job.settings.sigmas:
+        return (*job.settings.sigmas, 0.0)
     _, height, width = job.shape
+    schedule = schedule.shifted(job.settings.shift) if job.settings.shift else schedule
     return tuple(schedule.sigmas(job.settings.steps, height // PATCH_SIZE * (width // PATCH_SIZE)))
 
 
@@ -578,6 +583,8 @@ def _latents_item(
         num_inference_steps=job.settings.steps,
         true_cfg_scale=job.settings.cfg,
         cache_steps=job.settings.cache_steps or None,
+        shift=job.settings.shift or None,
+        sigmas=job.settings.sigmas or None,
         embeddings_dtype=job.embeddings_dtype,
         dtype=dtype,
         shape=job.shape,

@@ -5,7 +5,7 @@ the number of image tokens.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class SchedulerConfig:
             raise ValueError(f"shift_terminal must lie in [0, 1), not {self.shift_terminal}")
         if self.num_train_timesteps != 1000:
             raise ValueError(f"num_train_timesteps {self.num_train_timesteps} is not supported, only 1000")
+
+    def shifted(self, shift: float) -> "SchedulerConfig":
+        """With one shift for all sizes and nothing stretched, as the checkpoints for few steps want it."""
+        return replace(self, shift=shift, use_dynamic_shifting=False, shift_terminal=None)
 
     def sigmas(self, num_inference_steps: int, image_seq_len: int) -> list[float]:
         """The noise levels, from 1 down to the final 0: num_inference_steps + 1 numbers."""

@@ -1,3 +1,5 @@
+import math
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import Settings
-from artifacts_schema.prompts import Entry, Prompt, check_settings, parse_prompts, parse_size, to_jsonl
+from artifacts_schema.prompts import Entry, Prompt, check_settings, parse_prompts, parse_size, resolve, to_jsonl
 
 
 def parse(data: bytes, format: str = "txt") -> list[Prompt]:
@@ -112,6 +114,8 @@ entries = st.builds(
     size=st.none() | st.just("640x480"),
     steps=st.none() | st.integers(1, 100),
     cfg=st.none() | finite,
+    cache_steps=st.none() | st.floats(0, 1),
+    shift=st.none() | st.floats(0, 10),
 )
 
 
@@ -122,6 +126,7 @@ def test_jsonl_round_trip(written):
         assert (prompt.prompt, prompt.negative_prompt) == (entry.prompt, entry.negative_prompt)
         assert prompt.settings.seeds == (tuple(entry.seeds) if entry.seeds else None)
         assert prompt.settings.true_cfg_scale == entry.cfg
+        assert (prompt.settings.cache_steps, prompt.settings.shift) == (entry.cache_steps, entry.shift)
 
 
 @pytest.mark.parametrize("text", ["1024x768", "1024X768", " 1024×768 "])
@@ -133,6 +138,52 @@ def test_size(text):
 def test_bad_size(text):
     with pytest.raises(UserError, match="WIDTHxHEIGHT"):
         parse_size(text)
+
+
+levels = st.lists(st.floats(0.01, 1), min_size=1, max_size=5, unique=True).map(lambda x: tuple(sorted(x, reverse=True)))
+layers = st.builds(
+    Settings,
+    num_inference_steps=st.none() | st.integers(1, 9),
+    shift=st.none() | st.floats(0, 5),
+    cache_steps=st.none() | st.floats(0, 1),
+) | st.builds(Settings, sigmas=st.none() | st.just(()) | levels)
+WHOLE = Settings(seeds=(1,), width=16, height=16, num_inference_steps=20, true_cfg_scale=4.0)
+
+
+@given(st.lists(layers, max_size=3))
+def test_noise_levels_are_said_by_the_first_that_speaks_of_them(asked):
+    settings = resolve(*asked, WHOLE)
+    speaks = [each for each in asked if (each.num_inference_steps, each.shift, each.sigmas) != (None, None, None)]
+    if speaks and speaks[0].sigmas:
+        assert (settings.sigmas, settings.num_inference_steps) == (speaks[0].sigmas, len(speaks[0].sigmas))
+        assert settings.shift == 0
+    else:
+        assert settings.sigmas == ()
+        steps = [each.num_inference_steps for each in [*asked, WHOLE] if each.num_inference_steps is not None]
+        assert settings.num_inference_steps == steps[0]
+    assert resolve(settings) == settings
+    assert msgspec.convert(msgspec.to_builtins(settings), type=Settings) == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sigmas": (1.0, 1.0)}, "sigmas must go down"),
+        ({"sigmas": (0.5, 0.9)}, "sigmas must go down"),
+        ({"sigmas": (1.5,)}, "sigmas must go down"),
+        ({"sigmas": (1.0, 0.0)}, "the 0 at the end goes without saying"),
+        ({"sigmas": (math.nan,)}, "sigmas must go down"),
+        ({"sigmas": (1.0, math.nan, 0.5)}, "sigmas must go down"),
+        ({"sigmas": (1.0, 0.5), "num_inference_steps": 3}, "leave out the others"),
+        ({"sigmas": (1.0, 0.5), "shift": 3.0}, "leave out the others"),
+        ({"shift": -1.0}, "shift must be positive"),
+        ({"shift": math.nan}, "shift must be positive"),
+        ({"shift": math.inf}, "shift must be positive"),
+    ],
+)
+def test_noise_levels_that_mean_nothing(settings, words):
+    with pytest.raises(UserError, match=words):
+        check_settings(Settings(**settings))
 
 
 def test_settings_survive_their_own_encoding():

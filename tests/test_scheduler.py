@@ -34,6 +34,8 @@ def test_lightning_schedules():
     eight = config.sigmas(8, 1024)
     assert four == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-3)
     assert eight == pytest.approx([1, 0.955, 0.9, 0.833, 0.75, 0.643, 0.5, 0.3, 0], abs=1e-3)
+    own = SchedulerConfig(**QWEN).shifted(3.0)  # what the preset makes of the model's own schedule
+    assert (own.sigmas(4, 100), own.sigmas(8, 4096)) == (pytest.approx(four), pytest.approx(eight))
 
 
 def test_static_shift():

@@ -439,6 +439,44 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(qwen_stage, tmp_path, small_mo
     assert len(whole.items[0].trajectory) == 7  # five steps, the array's own description, and the steps' hashes
 
 
+def test_noise_levels_by_preset_shift_and_hand(qwen_stage, tmp_path, small_model, fresh_cache):
+    common = ["--size=32x32", f"--model={small_model}"]
+    pictures = {}
+    for name, options in {
+        "preset": ["--preset=lightning-4"],
+        "shift": ["--steps=4", "--cfg=1", "--shift=3"],
+        "even": ["--steps=4", "--cfg=1", "--shift=1"],
+        "sigmas": ["--cfg=1", "--sigmas=1,0.9,0.75,0.5"],
+    }.items():
+        fresh_cache()
+        (path,) = qwen_stage("run", "a cat", *common, *options, f"--out={name}").out
+        pictures[name] = tmp_path / path
+    recipes = {name: read_recipe(path) for name, path in pictures.items()}
+    assert (recipes["preset"].shift, recipes["preset"].sigmas, recipes["preset"].num_inference_steps) == (3.0, None, 4)
+    assert (recipes["sigmas"].shift, recipes["sigmas"].sigmas) == (None, (1, 0.9, 0.75, 0.5))
+    assert recipes["sigmas"].num_inference_steps == 4
+    assert "Shift: 3" in recipes["shift"].parameters()
+    assert "Sigmas: 1,0.9,0.75,0.5" in recipes["sigmas"].parameters()
+    assert pictures["preset"].read_bytes() == pictures["shift"].read_bytes()
+    shift, even, sigmas = (np.array(Image.open(pictures[name])).astype(int) for name in ("shift", "even", "sigmas"))
+    assert np.abs(shift - sigmas).max() <= 1
+    assert np.abs(shift - even).max() > 1
+    for name in ("preset", "sigmas"):
+        (like,) = qwen_stage("run", "--like", pictures[name], f"--model={small_model}", f"--out={name}-like").out
+        assert (tmp_path / like).read_bytes() == pictures[name].read_bytes()
+        (other,) = qwen_stage("rerun", f"{name}-like", "--from=denoise", "--steps=5").out
+        recipe = read_recipe(tmp_path / other)
+        assert (recipe.num_inference_steps, recipe.sigmas, recipe.shift) == (5, None, recipes[name].shift)
+    assert "sigmas 1,0.9,0.75,0.5" in "\n".join(qwen_stage("inspect", "sigmas").out)
+    (tmp_path / "p.toml").write_text('cfg = 1.0\n[[prompts]]\nprompt = "a cat"\nsigmas = [1, 0.9, 0.75, 0.5]\n')
+    qwen_stage("encode", "p.toml", "--out=toml", f"--model={small_model}")
+    qwen_stage("denoise", "--embeddings=toml", "--size=32x32")
+    (path,) = qwen_stage("decode", "toml").out
+    assert (tmp_path / path).read_bytes() == pictures["sigmas"].read_bytes()
+    result = qwen_stage("run", "a cat", *common, "--sigmas=1,x")
+    assert (result.code, "'1,x' is not a list of numbers" in result.err) == (2, True)
+
+
 def test_float16_is_as_good_as_float32_to_the_eye(qwen_stage, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle on a white background\na blue square on a yellow background")
     qwen_stage("encode", "p.txt", "--out=run")

@@ -163,7 +163,7 @@ def test_recipes_know_of_it(qwen_stage, tmp_path, small_model):
     assert read_recipe(tmp_path / exact[0]).cache_steps is None
     assert read_recipe(tmp_path / cached[0]).cache_steps == 0.9
     assert "Cache steps: 0.9" in read_recipe(tmp_path / cached[0]).parameters()
-    assert "steps cached at 0.9" in "\n".join(qwen_stage("inspect", "run").out)
+    assert "cache-steps 0.9" in "\n".join(qwen_stage("inspect", "run").out)
     like = qwen_stage("run", "--like", tmp_path / cached[0], f"--model={small_model}", "--out=like").out
     assert (tmp_path / like[0]).read_bytes() == (tmp_path / cached[0]).read_bytes()
     off = qwen_stage("rerun", "like", "--from=denoise", "--cache-steps=0").out
