@@ -57,7 +57,7 @@ def chunk_bytes(shape: Shape) -> int:
 
 
 def _pack(shape: Shape, chunks: Shape, where: Any, values: "np.ndarray") -> dict[str, bytes]:
-    import zarr
+    import zarr  # first: another thread may be at it, and waits for none of its parts
     from zarr.codecs import Crc32cCodec
     from zarr.storage import MemoryStore
 

@@ -12,7 +12,7 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Key = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 Positive = Annotated[int, Meta(ge=1)]
 Dtype = Literal["float32", "bfloat16"]
-DecodeDtype = Literal["float32", "float16", "bfloat16"]  # a decoder's numbers stay within what float16 can hold
+DecodeDtype = Literal["float32", "float16", "bfloat16"]  # what float16 cannot hold is decoded in float32
 Bits = Literal[4, 8]
 Precision = Annotated[str, Meta(pattern="^(float32|bfloat16)(-q[48])?$")]  # of the numbers computed with: see `split`
 

@@ -3,13 +3,15 @@
     <key>.trajectory.zarr   float32 [steps + 1, C, h, w], one chunk a step; step 0 is the noise
     <key>.trajectory.json   the hash of each chunk: without it, one step's chunk could stand in another's place
 
-A chunk is there whole or not at all, after its hash; it counts if it matches that. Steps that reuse what earlier ones
-computed cannot be gone on from: then the record says from which step on nothing earlier is needed.
+A chunk is there whole or not at all, after its hash; it counts if it matches that. A step that reuses what an earlier
+one computed cannot be gone on from: for it the record names that earlier one.
 """
 
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from artifacts_schema import arrays, disk, keys, store
 from artifacts_schema.errors import UserError
@@ -24,7 +26,7 @@ MAX_RECORD_BYTES = 1 << 20
 class TrajectoryRecord(Record, frozen=True, kw_only=True):
     key: str
     chunks: dict[int, Sha256]
-    resumable: int | None = None  # None: any step
+    resumable: dict[int, int] = msgspec.field(default_factory=dict)  # by the step: the one to go on from instead
     checksum: str = ""
 
 
@@ -59,15 +61,19 @@ class Trajectory:
 
     def resumable(self, reached: int) -> int:
         """The step to go on from where the steps up to `reached` are there."""
-        own = self._recorded().resumable
-        return reached if own is None else own
+        return self._recorded().resumable.get(reached, reached)
 
-    def write(self, step: int, latents: "np.ndarray", resumable: int | None = None) -> None:
-        """The latents [C, h, w] after so many steps; `resumable` is the step to go on from, if it is not this one."""
+    def write(self, step: int, latents: "np.ndarray", resumable: int) -> None:
+        """The latents [C, h, w] after so many steps; `resumable` is the step to go on from, mostly this one."""
         files = arrays.pack_step(self.shape, step, latents)
         name = arrays.chunk_name(step)
-        chunks = {**self._recorded().chunks, step: keys.sha256(files[name])}
-        self._record = TrajectoryRecord(key=self.key, chunks=chunks, resumable=resumable)
+        before = self._recorded()
+        instead = {own: other for own, other in before.resumable.items() if own != step}
+        self._record = TrajectoryRecord(
+            key=self.key,
+            chunks={**before.chunks, step: keys.sha256(files[name])},
+            resumable=instead if resumable == step else {**instead, step: resumable},
+        )
         disk.publish(self.directory, self.record.name, store.seal(self._record, TrajectoryRecord))
         if self._is_begun():
             disk.publish(self.directory, f"{self.name}/c/{step}", {name.removeprefix(f"c/{step}/"): files[name]})

@@ -276,7 +276,7 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     args.quantize = bits if args.quantize is None else args.quantize
     _, text_bits = split(recipe.embeddings_dtype or compute)
     args.quantize_text = text_bits if args.quantize_text is None else args.quantize_text
-    args.dtype, args.decode_dtype = args.dtype or compute, args.decode_dtype or recipe.decode_dtype
+    args.dtype, args.decode_dtype = args.dtype or compute, args.decode_dtype or recipe.decode_dtype or "float32"
 
 
 def _rerun(args: argparse.Namespace) -> int:

@@ -92,7 +92,9 @@ class Intake(NamedTuple):
     def _decode_dtype(self, recipe: Recipe | None) -> DecodeDtype:
         if self.dtype == "float32":
             return "float32"
-        return (recipe and recipe.decode_dtype) or DEFAULT_DTYPE
+        if recipe is None:
+            return DEFAULT_DTYPE
+        return recipe.decode_dtype or "float32"  # as it was before it was recorded
 
     def _embeddings_dtype(self, recipe: Recipe | None) -> Precision:
         before = recipe and (recipe.embeddings_dtype or split(recipe.dtype)[0])

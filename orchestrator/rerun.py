@@ -81,7 +81,8 @@ class Rerun:
                 keys = self._denoise(items, changes)
             else:
                 keys = self._denoise_all(changes)
-            pictures = self._decode(keys, changes.dtype)
+            own = start == "decode" or changes.dtype == "float32"  # else there is better than bfloat16 for pictures
+            pictures = self._decode(keys, changes.dtype if own else None)
             return EXIT_SOME_FAILED if self.some_failed else EXIT_DONE, pictures
         except StageFailed as failed:
             return failed.code, []

@@ -262,7 +262,7 @@ def weight_files(directory: Path) -> list[Path]:
             raise UserError(f"{path} is missing; download the model again")
         try:
             names = _tensors_in(path).keys()
-        except (ValueError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); download the model again") from None
         if absent := sorted(name for name, shard in weight_map.items() if shard == path.name and name not in names):
             raise UserError(f"{path} lacks the tensors {shown(absent)} that the index promises; download it again")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import msgspec
 from msgspec.structs import replace
@@ -61,11 +61,12 @@ def decode(
 ) -> tuple[list[Path], list[str]]:
     """Decodes every item of a latents artifact, or those whose keys are `items`, that has no picture yet.
 
-    No more than `tile` x `tile` pixels are decoded at a time, which bounds the memory and changes no picture.
+    No more than `tile` x `tile` pixels are decoded at a time, which bounds the memory and changes no picture. Without a
+    `dtype`, a picture in any that is there will do.
     Returns the pictures of all those items and what failed, a line each. Raises UserError when none can be read.
     """
     cache_limit = cache.limit()
-    dtype = dtype or DEFAULT_DTYPE
+    asked, dtype = dtype, dtype or DEFAULT_DTYPE
     source = store.find(latents, LatentsManifest)
     manifest, manifest_id = store.read_manifest(source, LatentsManifest)
     checkpoint = open_checkpoint(model or manifest.model.name, Fetching(("decode",), report, notice))
@@ -76,7 +77,7 @@ def decode(
         raise UserError(f"{source} holds no latents {min(unknown)!r}; `qwen-stage inspect --json` lists their keys")
 
     with store.writing((out or store.run_of(source)) / ImagesManifest.kind) as directory:
-        images = Images(directory, manifest, manifest_id, items, checkpoint, dtype)
+        images = Images(directory, manifest, manifest_id, items, checkpoint, asked)
         images.adopt(notice)
         if already := len(images.whole & images.wanted.keys()):
             notice(f"{already} of {len(images.wanted)} pictures are decoded already")
@@ -104,15 +105,21 @@ def decode(
             watch, item = Stopwatch(), images.wanted[key]
             normalized = store.read_latents(source, item)
             pixels = decoder.pixels(normalized, lambda: report("decode", next(tiles_done), tiles))
+            recipe = images.recipe(key)
             if pixels is None and dtype != FALLBACK_DTYPE:
                 notice(f"{item.prompt!r} is beyond what {dtype} can hold; it is decoded in {FALLBACK_DTYPE}")
-                again = Decoder(checkpoint, FALLBACK_DTYPE, sizes, tile, memory.budget(budget))
+                recipe = replace(recipe, decode_dtype=FALLBACK_DTYPE)
+                try:
+                    again = Decoder(checkpoint, FALLBACK_DTYPE, sizes, tile, memory.budget(budget))
+                except UserError as error:  # it does not fit; others may not need it
+                    errors.append(UserError(f"{item.prompt!r}: {error}"))
+                    continue
                 pixels = again.pixels(normalized, lambda: None)
             if pixels is None:
                 errors.append(UserError(f"{item.prompt!r}: the picture became NaN; are the VAE's weights whole?"))
                 continue
             fit.add(normalized, pixels)
-            images.add(key, _png(pixels, images.recipe(key)), watch)
+            images.add(key, _png(pixels, recipe), watch)
             images.publish()  # after every picture, so that an interruption loses none
     if todo:
         fit.store()
@@ -163,8 +170,9 @@ class Images:
         latents_id: str,
         chosen: frozenset[str] | None,
         checkpoint: Checkpoint,
-        dtype: str,
+        asked: str | None,
     ) -> None:
+        dtype = asked or DEFAULT_DTYPE
         before = store.read_manifest_if_any(directory, ImagesManifest)
         self.directory, self.made_with, self.dtype = directory, checkpoint.model("vae"), dtype
         fingerprints = {**latents.model.fingerprints, **self.made_with.fingerprints}
@@ -172,10 +180,16 @@ class Images:
         self.inputs = tuple(dict.fromkeys((*(before.inputs if before else ()), latents_id)))
         self.items = {item.key: item for item in before.items} if before else {}
         self.numbers = {item.key: number for number, item in enumerate(latents.items, 1)}
-        wanted = [item for item in latents.items if chosen is None or item.key in chosen]
-        self.wanted = {_key(item, checkpoint, dtype): item for item in wanted}
-        here = self.wanted.keys() & self.items.keys()
-        self.whole = {key for key in here if store.is_whole(directory, (self.items[key].file,))}
+        self.wanted: dict[str, LatentsItem] = {}
+        self.whole: set[str] = set()
+        for item in latents.items:
+            if chosen is None or item.key in chosen:
+                found = next((key for key in _keys(item, checkpoint, asked) if self._is_whole(key)), None)
+                self.wanted[found or _key(item, checkpoint, dtype)] = item
+                self.whole |= {found} if found else set()
+
+    def _is_whole(self, key: str) -> bool:
+        return key in self.items and store.is_whole(self.directory, (self.items[key].file,))
 
     def missing(self) -> list[str]:
         return [key for key in self.wanted if key not in self.whole]
@@ -234,6 +248,12 @@ class Images:
 def _key(item: LatentsItem, checkpoint: Checkpoint, dtype: str) -> str:
     vae = checkpoint.fingerprint("vae")  # not the size of the tiles, which changes nothing
     return keys.key({"latents": item.key, "vae": vae, "dtype": dtype, "code": CODE_VERSION})
+
+
+def _keys(item: LatentsItem, checkpoint: Checkpoint, asked: str | None) -> list[str]:
+    """Those under which a picture as asked for may be there."""
+    dtypes = [asked] if asked else [DEFAULT_DTYPE, *get_args(DecodeDtype)]
+    return [_key(item, checkpoint, dtype) for dtype in dtypes]
 
 
 def _shared_key(key: str, recipe: Recipe) -> str:

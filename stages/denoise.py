@@ -308,13 +308,13 @@ class Checkpoints:
         stop = self.interrupted()
         due = time.monotonic() - self.saved_at >= self.saving_took / self.share
         if self.keep:
-            self._save(step, latents(step), None if resumable == step else resumable)
+            self._save(step, latents(step), resumable)
         elif resumable > self.saved and (stop or (due and not last)):
-            self._save(resumable, latents(resumable))
+            self._save(resumable, latents(resumable), resumable)
         if stop:
             raise KeyboardInterrupt
 
-    def _save(self, step: int, latents: "list[np.ndarray]", resumable: int | None = None) -> None:
+    def _save(self, step: int, latents: "list[np.ndarray]", resumable: int) -> None:
         started = time.monotonic()
         for trajectory, each in zip(self.trajectories, latents, strict=True):
             trajectory.write(step, each, resumable)

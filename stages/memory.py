@@ -133,9 +133,10 @@ def table_bytes(config: "TransformerConfig", steps: int, dtype: str) -> int:
 def picture_states(config: "VAEConfig", height: int, width: int, edge: int, dtype: str) -> int:
     """Bytes that decoding a picture in tiles of edge x edge pixels takes, beside the weights."""
     factor, dims = config.vae_scale_factor, config.base_dim * config.dim_mult[-1]
-    attention = ATTENTION_COPIES * dims * (height // factor) * (width // factor)
-    tile = TILE_ACTIVATIONS * config.base_dim * min(edge, height) * min(edge, width)
-    return int(DTYPE_BYTES[dtype] * max(attention, tile)) + 3 * height * width
+    attention = DTYPE_BYTES[dtype] * ATTENTION_COPIES * dims * (height // factor) * (width // factor)
+    unfolded = DTYPE_BYTES[dtype if _has_gpu() else "float32"]  # in which MLX convolves on CPUs, whatever the dtype
+    tile = unfolded * TILE_ACTIVATIONS * config.base_dim * min(edge, height) * min(edge, width)
+    return int(max(attention, tile)) + 3 * height * width
 
 
 def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Budget) -> int:

@@ -18,6 +18,8 @@ from parity import assert_close, assert_same_picture
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import stages.decode
+import stages.memory
 from artifacts_schema import store
 from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest, Recipe
 from orchestrator import EXIT_SOME_FAILED
@@ -439,6 +441,42 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(qwen_stage, tmp_path, small_mo
     assert len(whole.items[0].trajectory) == 7  # five steps, the array's own description, and the steps' hashes
 
 
+def test_what_float32_needs_and_has_not_ends_no_other_picture(qwen_stage, tmp_path, small_model, monkeypatch):
+    """The fallback of the first does not fit, the second needs none."""
+    (tmp_path / "p.txt").write_text("one\ntwo")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    qwen_stage("denoise", "--embeddings=run", "--size=16x16", "--steps=1")
+    pixels_of, first = stages.decode.pixels_of, []
+
+    def overflows_once(*arguments):
+        first.append(arguments)
+        return pixels_of(*arguments) if len(first) > 1 else None
+
+    monkeypatch.setattr(stages.decode, "pixels_of", overflows_once)
+    estimate = stages.memory.picture_states
+    monkeypatch.setattr(
+        stages.memory, "picture_states", lambda *sizes: 1 << 50 if sizes[-1] == "float32" else estimate(*sizes)
+    )
+    result = qwen_stage("decode", "run", "--dtype=float16", "--memory=1GB")
+    assert result.code == EXIT_SOME_FAILED
+    assert len(result.out) == 1
+    assert "0002-two" in result.out[0]
+    assert "'one': decoding in tiles of" in result.err
+
+
+def test_a_picture_in_another_dtype_will_do(qwen_stage, tmp_path, small_model, monkeypatch):
+    """As where the default became another: what is there is not made again unless that is asked for."""
+    (tmp_path / "p.txt").write_text("a\n")
+    qwen_stage("encode", "p.txt", "--out=run", f"--model={small_model}")
+    qwen_stage("denoise", "--embeddings=run", "--size=16x16", "--steps=1")
+    before = qwen_stage("decode", "run", "--dtype=float32").out
+    monkeypatch.setattr(stages.decode, "DEFAULT_DTYPE", "float16")
+    assert qwen_stage("decode", "run").out == before
+    Path(before[0]).write_bytes(b"damaged")
+    (other,) = qwen_stage("decode", "run").out
+    assert (other != before[0], read_recipe(Path(other)).decode_dtype) == (True, "float16")
+
+
 def test_noise_levels_by_preset_shift_and_hand(qwen_stage, tmp_path, small_model, fresh_cache):
     common = ["--size=32x32", f"--model={small_model}"]
     pictures = {}
@@ -506,6 +544,7 @@ def test_numbers_beyond_float16(qwen_stage, tmp_path, small_model, factor):
         return
     assert result.code == 0
     assert "'one' is beyond what float16 can hold; it is decoded in float32" in result.err
+    assert read_recipe(Path(result.out[0])).decode_dtype == "float32"
     exact = qwen_stage("decode", "run", "--dtype=float32", "--out=b")
     for one, other in zip(result.out, exact.out, strict=True):
         assert np.array_equal(Image.open(one), Image.open(other))

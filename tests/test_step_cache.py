@@ -1,9 +1,9 @@
 """First-block caching: what is reused, that it is the same however a picture is made, and that recipes know of it."""
 
 import math
+import signal
 import subprocess
 import sys
-import time
 
 import mlx.core as mx
 import numpy as np
@@ -117,42 +117,57 @@ def test_a_picture_is_the_same_in_any_company(denoised):
     np.testing.assert_allclose(denoised("pair", *SETTINGS, "--batch-guidance")[42], alone[42], atol=1e-3)
 
 
-@pytest.mark.parametrize("keep", [[], ["--keep-trajectory"]])
-def test_killed_and_resumed_it_ends_bit_identical(denoised, tmp_path, keep):
-    """It goes on from the last step that was computed whole, as those after it build on that."""
-    settings = ["--size=64x64", "--steps=300", "--cfg=3", "--cache-steps=0.8", "--save-every-step", *keep]
-    expected = denoised("undisturbed", *settings)
+DIES = """
+import os, signal, sys
+from types import SimpleNamespace
+from artifacts_schema import trajectory
+from orchestrator import cli
+
+def publish(*arguments):
+    global left
+    trajectory.store.disk.publish(*arguments)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+left = int(sys.argv[1])
+trajectory.disk = SimpleNamespace(**{**vars(trajectory.disk), "publish": publish})
+sys.exit(cli.main(sys.argv[2:]))
+"""
+KEEP = ["--keep-trajectory"]
+
+
+@pytest.mark.parametrize(
+    ("deaths", "last"),
+    [
+        ([([], 4), ([], 5), ([], 6)], []),
+        ([(KEEP, 22), (KEEP, 23), (KEEP, 30)], KEEP),
+        ([(KEEP, 22), ([], 1)], []),  # the record of a step is there, its chunk is not, and others still are
+        ([(KEEP, 22), ([], 2)], KEEP),  # both are, others as well
+        ([([], 4), (KEEP, 5)], []),
+    ],
+)
+def test_killed_and_resumed_it_ends_bit_identical(denoised, tmp_path, deaths, last):
+    """It goes on from the last step that was computed whole, as those after it build on that.
+
+    Each process dies after so many files, of which every step that is saved has two.
+    """
+    settings = ["--size=64x64", "--steps=40", "--cfg=3", "--cache-steps=0.8", "--save-every-step"]
+    expected = denoised("undisturbed", *settings, *last)
     denoised("killed", "--size=16x16", "--steps=1")  # encodes; another picture
     run = tmp_path / "killed"
-    command = [sys.executable, "-P", "-m", "orchestrator.cli", "denoise", "--embeddings=killed", *settings]
-    goes_on = []
-    for kill in range(4):
-        child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        seen, before = set(), saved(run)
-        while kill < 3 and child.poll() is None and len(seen) < 8:
-            time.sleep(0.001)
-            seen |= saved(run) - before
-        if kill < 3:
-            child.kill()
-        said = child.communicate(timeout=120)[1].decode()
-        goes_on += [int(line.rpartition(" ")[2]) for line in said.splitlines() if "goes on after step" in line]
-    assert child.returncode == 0
-    assert len(goes_on) == 3
-    assert 0 < goes_on[0] < goes_on[1] < goes_on[2] < 300
-    manifest, _ = store.read_manifest(run / "latents", LatentsManifest)
-    killed = [store.read_latents(run / "latents", item) for item in manifest.items if item.cache_steps]
-    assert np.array_equal(killed, [expected[42]])
-    if keep:
+    for keep, files in deaths:
+        command = [sys.executable, "-P", "-c", DIES, str(files), "denoise", "--embeddings=killed", *settings, *keep]
+        dead = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+        assert dead.returncode == -signal.SIGKILL
+    assert np.array_equal(denoised("killed", *settings, *last)[42], expected[42])
+    if last:
         trajectories = [
             {path.relative_to(each): path.read_bytes() for path in each.glob("latents/*.trajectory.zarr/c/*/0/0/0")}
             for each in (tmp_path / "undisturbed", run)
         ]
-        assert len(trajectories[0]) == 301
+        assert len(trajectories[0]) == 41
         assert trajectories[0] == trajectories[1]
-
-
-def saved(run):
-    return {path.name for path in run.glob("latents/*.trajectory.zarr/c/*")}
 
 
 def test_recipes_know_of_it(qwen_stage, tmp_path, small_model):

@@ -131,6 +131,14 @@ def test_a_file_is_read_if_safetensors_would_read_it(tmp_path):
                 name: (each.get_shape(), each.get_dtype()) for name, each in theirs.items()
             }, f"SEED {SEED}"
     assert 0 < taken < 400
+    for deep in (
+        b'{"a":' + b"[" * 100_000,
+        b'{"a":{"dtype":"F32","x":' + b"[" * 100_000,
+        b'{"__metadata__":' + b"{" * 9999,
+    ):
+        path.write_bytes(len(deep).to_bytes(8, "little") + deep)
+        with pytest.raises(UserError, match="damaged or cut short"):
+            weight_files(tmp_path)
     for length in range(8 + size):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="damaged or cut short"):
