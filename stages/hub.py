@@ -16,8 +16,7 @@ from stages.measure import Notice, Report, gigabytes
 COMPONENTS = {"encode": ("tokenizer", "text_encoder"), "denoise": ("scheduler", "transformer"), "decode": ("vae",)}
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
 DESCRIPTIONS = ("model_index.json", "qwen-stage.json")  # of the whole model, where it has them
-WITH_WEIGHTS = (".json", ".txt", ".safetensors")  # what a component's files end with; others are for other programs
-
+SUFFIXES = (".json", ".txt", ".safetensors")  # what a component's files end with; others are for other programs
 LEFTOVER_SECONDS = 3600  # without a change, and nobody is writing that half of a file any more
 
 
@@ -54,7 +53,7 @@ def has_files(repository: Repository, stage: str) -> bool:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = [f"{component}/*{end}" for component in COMPONENTS[stage] for end in WITH_WEIGHTS]
+    patterns = [f"{component}/*{end}" for component in COMPONENTS[stage] for end in SUFFIXES]
     try:
         snapshot_download(repository.id, revision=repository.revision, allow_patterns=patterns, local_files_only=True)
     except LocalEntryNotFoundError:
@@ -109,7 +108,7 @@ def _is_needed(name: str, stages: tuple[str, ...]) -> bool:
     directory, _, file = name.rpartition("/")
     if name in DESCRIPTIONS:
         return True
-    return file.endswith(WITH_WEIGHTS) and any(directory in COMPONENTS[stage] for stage in stages)
+    return file.endswith(SUFFIXES) and any(directory in COMPONENTS[stage] for stage in stages)
 
 
 def _progress(report: Report, total: int) -> Any:
