@@ -182,7 +182,7 @@ class Recipe(Record, frozen=True, kw_only=True):
             "Model": self.model,
             **{name.replace("-", " ").capitalize(): value for name, value in own.items()},
         }
-        said = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+        said = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
         negative = "" if self.negative_prompt is None else f"Negative prompt: {self.negative_prompt}\n"
         return f"{self.prompt}\n{negative}{said}"
 
@@ -303,11 +303,20 @@ class ImagesManifest(Manifest, frozen=True, tag="qwen-stage/images/2", kw_only=T
     items: tuple[ImageItem, ...]
 
 
+def _quoted(value: str) -> str:
+    """As those tools spell a value that holds what separates values."""
+    return msgspec.json.encode(value).decode() if "," in value else value
+
+
 def unusual(shift: float | None, sigmas: tuple[float, ...] | None, cache_steps: float | None) -> dict[str, str]:
     """Of the settings that are mostly left alone, those that are not, by the names of their options."""
-    spelled = None if sigmas is None else ",".join(f"{sigma:g}" for sigma in sigmas)
-    values = {"shift": shift, "sigmas": spelled, "cache-steps": cache_steps}
-    return {name: f"{value:g}" if isinstance(value, float) else value for name, value in values.items() if value}
+    values = {"shift": [shift] if shift else [], "sigmas": sigmas, "cache-steps": [cache_steps] if cache_steps else []}
+    return {name: ",".join(map(exact, numbers)) for name, numbers in values.items() if numbers}
+
+
+def exact(number: float) -> str:
+    """The shortest spelling that is read as the same number: 4, 0.1."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def split(precision: str) -> tuple[Dtype, Bits | None]:

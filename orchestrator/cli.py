@@ -655,10 +655,8 @@ def _parser() -> argparse.ArgumentParser:
 
     loading = argparse.ArgumentParser(add_help=False)
     add = loading.add_argument
-    dtypes, dtype_help = (
-        ("float32", "bfloat16"),
-        "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs",
-    )
+    dtypes = ("float32", "bfloat16")
+    dtype_help = "number format to compute in; default: bfloat16 on GPUs, float32 on CPUs"
     add("--dtype", choices=dtypes, help=dtype_help)
     stream_help = "read the layers at every pass, two at a time in memory; default: where memory is short"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream_help)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from artifacts_schema import disk, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import ImageItem, ImagesManifest, LatentsItem, LatentsManifest
+from artifacts_schema.manifests import ImageItem, ImagesManifest, LatentsItem, LatentsManifest, exact
 
 PAGE = "index.html"
 THUMBNAILS = "thumbnails"
@@ -160,7 +160,7 @@ def _card(each: Shown) -> str:
     prompt = escape(image.prompt)
     facts = ["injected noise" if image.seed is None else f"seed {image.seed}"]
     if latents:
-        guidance = "no guidance" if latents.negative_key is None else f"cfg {latents.true_cfg_scale:g}"
+        guidance = "no guidance" if latents.negative_key is None else f"cfg {exact(latents.true_cfg_scale)}"
         facts += [f"{latents.width}×{latents.height}", f"{latents.num_inference_steps} steps", guidance]
         facts += [f"{name} {value}" for name, value in latents.unusual().items()]
         facts += [f"{latents.cost.seconds:.0f} s"] if latents.cost.seconds >= 1 else []
@@ -182,7 +182,7 @@ def _command(each: Shown) -> list[str]:
     if latents is None or image.seed is None:
         return ["qwen-stage", "run", "--like", each.place + image.file.path]
     size = f"--size={latents.width}x{latents.height}"
-    options = [size, f"--steps={latents.num_inference_steps}", f"--cfg={latents.true_cfg_scale:g}"]
+    options = [size, f"--steps={latents.num_inference_steps}", f"--cfg={exact(latents.true_cfg_scale)}"]
     if latents.negative_key and latents.negative_prompt.strip():
         options.append(f"--negative-prompt={latents.negative_prompt}")
     options += [f"--{name}={value}" for name, value in latents.unusual().items()]

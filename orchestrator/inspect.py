@@ -18,6 +18,7 @@ from artifacts_schema.manifests import (
     LatentsItem,
     LatentsManifest,
     Recipe,
+    exact,
 )
 
 NOT_HERE = "its run is not here"
@@ -102,7 +103,8 @@ def in_words(directory: Path, manifest: Any) -> Iterator[str]:
     for number, item in enumerate(manifest.items, 1):
         if isinstance(item, LatentsItem):
             noise = "injected noise" if item.seed is None else f"seed {item.seed}"
-            how = f"{noise}, {item.width}x{item.height}, {item.num_inference_steps} steps, cfg {item.true_cfg_scale:g}"
+            how = f"{noise}, {item.width}x{item.height}, {item.num_inference_steps} steps"
+            how += f", cfg {exact(item.true_cfg_scale)}"
             how += "".join(f", {name} {value}" for name, value in item.unusual().items())
             yield f"  {number:04d} {item.prompt!r}: {how}, {item.dtype}, {cost(item)}"
         elif isinstance(manifest, ImagesManifest):

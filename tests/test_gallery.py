@@ -83,6 +83,17 @@ def test_its_commands_make_the_same_pictures(qwen_stage_process, run, fresh_cach
         assert (tmp_path / made.out[0]).read_bytes() == before.read_bytes()
 
 
+@pytest.mark.parametrize("levels", ["--sigmas=1,0.7000000001,0.123456789", "--shift=2.3456789012"])
+def test_its_commands_are_exact(qwen_stage, tmp_path, small_model, fresh_cache, levels):
+    odd = [levels, "--cfg=2.3456789012", "--cache-steps=0.1234567891"]
+    (before,) = qwen_stage("run", "a cat", *odd, "--size=32x32", f"--model={small_model}", "--out=odd").out
+    qwen_stage("gallery", "odd")
+    _, *arguments = shlex.split(page(tmp_path / "odd").texts["code"][0])
+    fresh_cache()
+    (again,) = qwen_stage(*arguments[:1], "--out=again", *arguments[1:]).out
+    assert (tmp_path / again).read_bytes() == (tmp_path / before).read_bytes()
+
+
 def test_only_what_is_missing_is_made_and_damage_is_left_out(qwen_stage, run):
     qwen_stage("gallery", "run")
     before = {path: path.stat().st_mtime_ns for path in (run / "images/thumbnails").glob("*.webp")}

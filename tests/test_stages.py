@@ -494,7 +494,7 @@ def test_noise_levels_by_preset_shift_and_hand(qwen_stage, tmp_path, small_model
     assert (recipes["sigmas"].shift, recipes["sigmas"].sigmas) == (None, (1, 0.9, 0.75, 0.5))
     assert recipes["sigmas"].num_inference_steps == 4
     assert "Shift: 3" in recipes["shift"].parameters()
-    assert "Sigmas: 1,0.9,0.75,0.5" in recipes["sigmas"].parameters()
+    assert 'Sigmas: "1,0.9,0.75,0.5"' in recipes["sigmas"].parameters()
     assert pictures["preset"].read_bytes() == pictures["shift"].read_bytes()
     shift, even, sigmas = (np.array(Image.open(pictures[name])).astype(int) for name in ("shift", "even", "sigmas"))
     assert np.abs(shift - sigmas).max() <= 1
