@@ -99,8 +99,8 @@ def unseal(data: bytes, kind: Any) -> Any:
 
 
 def _field(checksum: str) -> bytes:
-    """How the checksum stands in formatted JSON, and how no text in it can: there, quotes are escaped."""
-    return f'"checksum": "{checksum}"'.encode()
+    """How the checksum stands in formatted JSON, and nothing else: fields within are indented further."""
+    return f'\n "checksum": "{checksum}"'.encode()
 
 
 def find(path: Path, kind: type[Manifest]) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import zarr
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -483,6 +483,7 @@ fingerprints = st.dictionaries(names, st.text("0123456789abcdef", min_size=64, m
     seconds=st.floats(allow_nan=False, allow_infinity=False),
     seed=st.none() | st.integers(0, 2**64 - 1),
 )
+@example(prompts=[], versions={}, fingerprints={"checksum": "0" * 64}, seconds=0.0, seed=None)  # as the field itself
 def test_any_manifest_survives_being_written_and_read(prompts, versions, fingerprints, seconds, seed):
     cost = Cost(seconds=seconds, process_peak=1, mlx_peak=0)
     bases = (listed_item(np.zeros((16, 8, 8)), f"{number:032x}") for number in range(len(prompts)))
