@@ -20,6 +20,7 @@ from stages.checkpoint import DEMO_DIRECTORY
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
+from stages.weights import parted
 
 TEXT_ENCODER = {
     "hidden_size": 3584,
@@ -90,7 +91,7 @@ def write(directory: Path, blocks: int = 60, text_layers: int = 28) -> Path:
 
 
 def _shapes(model) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, array.shape) for name, array in tree_flatten(model.parameters())]
+    return [(name, array.shape) for name, array in parted(dict(tree_flatten(model.parameters())), model).items()]
 
 
 def _vae_shapes() -> Shapes:

@@ -53,7 +53,7 @@ from stages.models.transformer import (
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 from stages.modulation import model_timestep
 from stages.scheduler import SchedulerConfig
-from stages.weights import GROUP_SIZE, Loading, load_model
+from stages.weights import GROUP_SIZE, Loading, joined, load_model, parted
 
 GIB = 1 << 30
 OVERHEAD = 2 * 16 / GROUP_SIZE  # bits a weight: its share of a scale and a bias
@@ -125,8 +125,9 @@ def sizes(blocks: int = 60) -> dict[str, int]:
     """Weights of each layer at full size, modulation included."""
     config = TransformerConfig(**{**full_size.TRANSFORMER, "num_layers": blocks})
     models = QwenImageTransformer2DModel(config), Modulator(config)
-    named = [pair for model in models for pair in tree_flatten(model.parameters())]
-    return {name.removesuffix(".weight"): prod(array.shape) for name, array in named if array.ndim == 2}
+    named = [parted(dict(tree_flatten(model.parameters())), model) for model in models]
+    matrices = ((name, array) for each in named for name, array in each.items() if array.ndim == 2)
+    return {name.removesuffix(".weight"): prod(array.shape) for name, array in matrices}
 
 
 def gib(bits_of: BitsOf) -> float:
@@ -162,7 +163,6 @@ class Demo:
         defaults = self.checkpoint.defaults
         self.cfg, self.side = defaults.true_cfg_scale, defaults.width // self.checkpoint.vae_scale_factor
         self.cases = held_out(pictures)
-        self.texts = self._texts()
         shape = (16, self.side, self.side)  # each picture has a seed of its own
         noise = [mx.random.normal(shape, key=mx.random.key(seed)) for seed in range(len(self.cases))]
         self.noise = pack_latents(mx.stack(noise))
@@ -170,6 +170,7 @@ class Demo:
         for file in weight_files(self.checkpoint.component("transformer")):
             self.weights |= {name: weight.astype(mx.float32) for name, weight in mx.load(str(file)).items()}
         self.full = self.models(lambda layer: None)
+        self.texts = self._texts()
 
     def _texts(self) -> list[Text]:
         """The prompts, and as many times the negative one."""
@@ -184,19 +185,18 @@ class Demo:
             }
         items = {item.prompt: item for item in manifest.items}
         texts = []
-        model = QwenImageTransformer2DModel(self.config)
         for key in ("prompt_key", "negative_key"):
             packed = [read[getattr(items[case["prompt"]], key)]["prompt_embeds"] for case in self.cases]
             lengths = [len(each) for each in packed]
             side = self.side // 2
-            texts.append(model.text(mx.concatenate(packed).astype(mx.float32), lengths, side, side))
+            texts.append(self.full.transformer.text(mx.concatenate(packed).astype(mx.float32), lengths, side, side))
         return texts
 
     def models(self, bits_of: BitsOf) -> Models:
         models = Models(QwenImageTransformer2DModel(self.config), Modulator(self.config))
         weights = quantized(self.weights, bits_of, shuffle=self.shuffle)
         for model in models:
-            model.load_weights(list(model.sanitize(weights).items()))
+            model.load_weights(list(joined(model.sanitize(weights), model).items()))
         return models
 
     def sigmas(self, steps: int) -> list[float]:
@@ -367,7 +367,8 @@ class Blocks:
         self.weights = []
         for number in range(blocks):
             own = {}
-            for name, array in tree_flatten(QwenImageTransformerBlock(self.config).parameters()):
+            whole = dict(tree_flatten(QwenImageTransformerBlock(self.config).parameters()))
+            for name, array in parted(whole, QwenImageTransformer2DModel).items():
                 vector = mx.zeros if name.endswith(".bias") else mx.ones
                 drawn = drawn_weight(kind, array.shape, next(keys)) if array.ndim == 2 else vector(array.shape)
                 own[f"transformer_blocks.{number}.{name}"] = drawn
@@ -381,7 +382,7 @@ class Blocks:
         img, txt = (Stream(x, norm(x)) for x, norm in zip((self.img, self.txt), norms[0], strict=True))
         block = QwenImageTransformerBlock(self.config)
         for number, own in enumerate(self.weights):
-            made = quantized(own, bits_of, **form)
+            made = joined(quantized(own, bits_of, **form), QwenImageTransformer2DModel)
             block.load_weights([(class_of(name), weight) for name, weight in made.items()])
             img, txt = block(img, txt, self.text, *self.modulation[number], norms[number + 1])
             mx.eval(img, txt)

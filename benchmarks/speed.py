@@ -95,7 +95,7 @@ def our_transformer(dtype: str, bits: int | None) -> Any:
     from mlx.utils import tree_flatten
 
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
-    from stages.weights import exchange_quantized, quantized_weights
+    from stages.weights import exchange_quantized, joined, parted, quantized_weights
 
     if (dtype, bits) not in _made:
         _made.clear()
@@ -103,12 +103,12 @@ def our_transformer(dtype: str, bits: int | None) -> Any:
         config = TransformerConfig(**{**full_size.TRANSFORMER, "axes_dims_rope": axes})
         model = randomize(QwenImageTransformer2DModel(config), dtype)
         if bits:
-            weights = dict(tree_flatten(model.parameters()))
+            weights = parted(dict(tree_flatten(model.parameters())), model)
             made = quantized_weights(weights, lambda layer: model.bits_of(layer, bits))
             exchange_quantized(model, made)
             while weights:
                 weights.popitem()
-            model.load_weights(list(made.items()))
+            model.load_weights(list(joined(made, model).items()))
             for layer in model.transformer_blocks:
                 mx.eval(layer.parameters())
         _made[dtype, bits] = model

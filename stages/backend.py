@@ -8,9 +8,15 @@ from stages.checkpoint import has_cuda
 
 OPENBLAS = "libopenblas.so.0"
 PACKAGE = "libopenblas0-pthread"  # what Debian and Ubuntu have it in
-# a GPU lags behind by buffers of so many operations, whose memory is held meanwhile: few cost no time
-CUDA_BUFFER_OPERATIONS = 8
-CUDA_BUFFER_MEGABYTES = {"decode": 256}  # that a buffer's operations read: or it would be eight layers of a large tile
+# A GPU lags behind by buffers of so many operations, whose memory is held meanwhile: few cost no time. What a buffer's
+# operations read is bounded where they would be eight layers of a large tile.
+CUDA_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "8"}
+CUDA = {
+    "encode": CUDA_BUFFERS,
+    "denoise": {"MLX_MAX_OPS_PER_BUFFER": "4"},
+    # and how to convolve is kept for every shape: tiles at borders and corners have their own, in every layer
+    "decode": {**CUDA_BUFFERS, "MLX_MAX_MB_PER_BUFFER": "256", "MLX_CUDA_CONV_CACHE_SIZE": "2048"},
+}
 
 
 def prepare_mlx(stage: str | None = None) -> None:
@@ -20,9 +26,8 @@ def prepare_mlx(stage: str | None = None) -> None:
     implementation, thirty times slower. On CUDA it commits small buffers, smaller ones in some stages.
     """
     if has_cuda():
-        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(CUDA_BUFFER_OPERATIONS))
-        if stage in CUDA_BUFFER_MEGABYTES:
-            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(CUDA_BUFFER_MEGABYTES[stage]))
+        for name, value in CUDA.get(stage or "", CUDA_BUFFERS).items():
+            os.environ.setdefault(name, value)
     else:
         open_blas()
 

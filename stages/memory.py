@@ -27,7 +27,7 @@ BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of 
 CACHED = 3  # numbers for each of a token's, of the states before and what was added to them
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 # numbers for each of a tile's pixels and channels, halo included: on CPUs, a convolution's unfolded input
-TILE_ACTIVATIONS = 13 if has_cuda() else 18
+TILE_ACTIVATIONS = 8 if has_cuda() else 18
 CGROUP = Path("/sys/fs/cgroup")
 WORTH_A_LINE = 1 << 30  # bytes of weights: how small models are held needs no word
 

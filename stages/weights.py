@@ -119,15 +119,16 @@ def load_weights(
     files = weight_files(directory)
 
     def unread() -> dict[str, mx.array]:
-        return _lazy(files, model, dtype, bits)
+        return joined(_lazy(files, model, dtype, bits), model)
 
-    weights = unread()
-    exchange_quantized(model, weights)
-    _check(model, weights, directory)
+    stored = _lazy(files, model, dtype, bits)
+    exchange_quantized(model, stored)
+    _check(model, stored, directory)
+    weights = joined(stored, model)
+    del stored  # or what was joined would be held twice
     for name in getattr(model, "ROWS_ON_DISK", ()):
-        stored = model.sanitize(tensors_of(files))[f"{name}.weight"]
         del weights[f"{name}.weight"]
-        setattr(model, name, RowsOnDisk(stored, dtype))
+        setattr(model, name, RowsOnDisk(model.sanitize(tensors_of(files))[f"{name}.weight"], dtype))
     model.load_weights(list(weights.items()))
     if layers := getattr(model, "LAYERS", None):
         if stream:
@@ -255,10 +256,35 @@ def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int
     return quantized
 
 
+def joined(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
+    """Joins the rows of layers that the model has as one, by its `JOINED`: it multiplies with all of them at once."""
+    made = dict(weights)
+    with mx.stream(_streams()[1]):
+        for whole, parts in getattr(model, "JOINED", {}).items():
+            for name in [name for name in weights if name.split(".")[-2:-1] == [parts[0]]]:
+                before, kind = name.split(".")[:-2], name.split(".")[-1]
+                rows = [made.pop(".".join([*before, part, kind])) for part in parts]
+                made[".".join([*before, whole, kind])] = mx.concatenate(rows)
+    return made
+
+
+def parted(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
+    """Undoes what `joined` does."""
+    made: dict[str, mx.array] = {}
+    for name, weight in weights.items():
+        *before, layer, kind = ["", *name.split(".")]
+        parts = getattr(model, "JOINED", {}).get(layer, (layer,))
+        rows = weight.split(len(parts)) if len(parts) > 1 else [weight]
+        made |= {".".join([*before, part, kind])[1:]: each for part, each in zip(parts, rows, strict=True)}
+    return made
+
+
 def exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
     """Exchanges the model's layers for quantized ones where the weights are; bits and groups are told by shapes."""
 
     def exchanged(path: str, module: nn.Module) -> nn.Module:
+        before, dot, layer = path.rpartition(".")
+        path = before + dot + getattr(model, "JOINED", {}).get(layer, (layer,))[0]
         packed, scales = weights.get(f"{path}.weight"), weights.get(f"{path}.scales")
         if not isinstance(module, nn.Linear) or packed is None or scales is None:
             return module
@@ -287,7 +313,7 @@ def _streams() -> list[Any]:
 
 
 def _check(model: nn.Module, weights: dict[str, mx.array], directory: Path) -> None:
-    wanted = dict(tree_flatten(model.parameters()))
+    wanted = parted(dict(tree_flatten(model.parameters())), model)
     if missing := sorted(wanted.keys() - weights.keys()):
         raise UserError(f"{directory} lacks the tensors {shown(missing)}; download the model again")
     if extra := sorted(weights.keys() - wanted.keys()):

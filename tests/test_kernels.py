@@ -52,8 +52,10 @@ def test_joint_heads(monkeypatch, dtype, heads, lengths):
     dim, places = heads * 128, 33
 
     def stream():
-        linears = [random_layer(nn.Linear(dim, dim), dtype) for _ in range(3)]
-        return Heads(*linears, *(random_layer(nn.RMSNorm(128, 1e-6), dtype) for _ in range(2)))
+        return Heads(
+            random_layer(nn.Linear(dim, 3 * dim), dtype),
+            *(random_layer(nn.RMSNorm(128, 1e-6), dtype) for _ in range(2)),
+        )
 
     def rotary(tokens):
         angles = 100 * drawn(tokens, 1, 64, dtype=mx.float32)

@@ -23,7 +23,7 @@ from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import VAEConfig
 from stages.modulation import Tables
-from stages.weights import RowsOnDisk, Streamed, load_weights, weights_of
+from stages.weights import RowsOnDisk, Streamed, load_weights, parted, weights_of
 
 SEED = secrets.randbelow(2**31)  # printed with every failure, as part of an assertion
 
@@ -263,7 +263,8 @@ def test_denoise_needs_no_cache_for_its_tables(golden, monkeypatch, tmp_path):
 def test_quantized_weights(golden, bits):
     """What MLX's own layer makes of the same weights; whatever the transformer holds outside its blocks stays."""
     directory = golden("demo").checkpoint
-    whole, quantized = (dict(tree_flatten(transformer(directory, bits=b).parameters())) for b in (None, bits))
+    models = [transformer(directory, bits=b) for b in (None, bits)]
+    whole, quantized = (parted(dict(tree_flatten(model.parameters())), model) for model in models)
     name = "transformer_blocks.2.attn.to_q"
     packed, scales, biases = mx.quantize(whole[f"{name}.weight"].astype(mx.bfloat16), group_size=64, bits=bits)
     assert mx.array_equal(quantized[f"{name}.weight"], packed)
@@ -296,6 +297,16 @@ def test_estimates_of_weights_are_what_mlx_counts(golden):
             assert told.layer == sum(array.nbytes for _, array in tree_flatten(block.parameters()))
     told = weights_of(directory / "text_encoder", TextEncoder, mx.float32)
     assert told.whole == sum(array.nbytes for _, array in tree_flatten(text_encoder(directory).parameters()))
+
+
+def test_loading_holds_little_more_than_the_weights(golden):
+    directory = golden("demo").checkpoint
+    told = weights_of(directory / "transformer", QwenImageTransformer2DModel, mx.bfloat16)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = transformer(directory, mx.bfloat16, report=lambda *_: None)
+    assert told.whole <= mx.get_peak_memory() - before < told.whole + told.layer / 2
+    del model
 
 
 WEIGHTS = memory.Weights(whole=30 << 30, layers=29 << 30, layer=1 << 30, stored_layer=0, stored=30 << 30)
@@ -396,8 +407,9 @@ def test_doctor_tells_how_to_get_a_faster_blas(qwen_stage, small_model, monkeypa
 def test_mlx_is_told_once_what_people_did_not_say_themselves(monkeypatch):
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "20")
-    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "")  # so that it is put back afterwards
-    del os.environ["MLX_MAX_MB_PER_BUFFER"]
+    for name in {name for told in backend.CUDA.values() for name in told} - {"MLX_MAX_OPS_PER_BUFFER"}:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        del os.environ[name]
     backend.prepare_mlx()
     assert "MLX_MAX_MB_PER_BUFFER" not in os.environ
     backend.prepare_mlx("decode")

@@ -2,7 +2,8 @@
 
 Each function is written twice, and says the same twice. The plain operations are what Metal and CPUs run; on CUDA they
 would take a third of a step, most of it for reading and writing the same numbers again and again. A kernel reads them
-once, adds the bias of what came before, computes in float32, and rounds once, at the end.
+once, adds the bias of what came before, computes in float32, and rounds once, at the end. Sizes are told at run time
+where that costs nothing: a kernel is compiled at its first use, for a second or two.
 """
 
 import hashlib
@@ -59,17 +60,20 @@ HEADS_SOURCE = """
   const int token = warp / HEADS, column = (warp % HEADS) * 128 + 4 * lane;
   const bool is_text = token < texts;
   const int own = is_text ? token : token - texts;
-  const size_t from = size_t(own) * HEADS * 128 + column, to = size_t(token) * HEADS * 128 + column;
+  constexpr int DIM = HEADS * 128;
+  const T* from = (is_text ? txt_qkv : img_qkv) + size_t(own) * 3 * DIM + column;
+  const T* biases = (is_text ? txt_bias : img_bias) + column;
+  const size_t to = size_t(token) * DIM + column;
 
   float turn[4];  // two angles: their cosine and sine
   load<4>((is_text ? txt_turns : img_turns) + size_t(own) * 128 + 4 * lane, turn);
   float query[4], key[4], value[4];  // all are on their way before the first is needed
-  load<4>((is_text ? txt_q : img_q) + from, query);
-  load<4>((is_text ? txt_k : img_k) + from, key);
-  load<4>((is_text ? txt_v : img_v) + from, value);
+  load<4>(from, query);
+  load<4>(from + DIM, key);
+  load<4>(from + 2 * DIM, value);
   auto rotated = [&](float* v, const T* bias, const T* norm, T* out) {
     float b[4], w[4];
-    load<4>(bias + column, b);
+    load<4>(bias, b);
     load<4>(norm + 4 * lane, w);
     float squares = 0;
     for (int i = 0; i < 4; ++i) {
@@ -83,10 +87,10 @@ HEADS_SOURCE = """
         v[2] * turn[2] - v[3] * turn[3], v[2] * turn[3] + v[3] * turn[2]};
     store<4>(turned, out + to);
   };
-  rotated(query, is_text ? txt_q_bias : img_q_bias, is_text ? txt_q_norm : img_q_norm, q);
-  rotated(key, is_text ? txt_k_bias : img_k_bias, is_text ? txt_k_norm : img_k_norm, k);
+  rotated(query, biases, is_text ? txt_q_norm : img_q_norm, q);
+  rotated(key, biases + DIM, is_text ? txt_k_norm : img_k_norm, k);
   float bias[4];
-  load<4>((is_text ? txt_v_bias : img_v_bias) + column, bias);
+  load<4>(biases + 2 * DIM, bias);
   for (int i = 0; i < 4; ++i) value[i] += bias[i];
   store<4>(value, v + to);
 """
@@ -128,10 +132,10 @@ GATED_NORM_SOURCE = """
 
 GELU_SOURCE = """
   const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
-  if (at >= size_t(x_shape[0]) * COLUMNS) return;
+  if (at >= size_t(x_shape[0]) * x_shape[1]) return;
   float v[8], b[8];
   load<8>(x + at, v);
-  load<8>(bias + at % COLUMNS, b);
+  load<8>(bias + at % x_shape[1], b);
   for (int i = 0; i < 8; ++i) {
     v[i] += b[i];
     const float inner = v[i] * (1.5957691216057308f + 0.07135481627159f * v[i] * v[i]);
@@ -142,7 +146,7 @@ GELU_SOURCE = """
 
 UNPACK_SOURCE = """
   const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x;  // of eight numbers: BITS bytes of packed ones
-  if (index >= size_t(packed_shape[0]) * COLUMNS / 8) return;
+  if (index >= size_t(scales_shape[0]) * scales_shape[1] * (GROUP / 8)) return;
   const Pack<BITS / 4, uint32_t> words = reinterpret_cast<const Pack<BITS / 4, uint32_t>*>(packed)[index];
   const size_t group = 8 * index / GROUP;
   const float scale = static_cast<float>(scales[group]), bias = static_cast<float>(biases[group]);
@@ -155,11 +159,11 @@ UNPACK_SOURCE = """
 """
 
 NORM_SILU_SOURCE = """
-  constexpr int PARTS = CHANNELS / 8;
+  const int channels = x_shape[1], parts = channels / 8;
   __shared__ float sums[1024];
   const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
-  const bool inside = at < size_t(x_shape[0]) * CHANNELS;
-  const int column = 8 * (threadIdx.x % PARTS);
+  const bool inside = at < size_t(x_shape[0]) * channels;
+  const int column = 8 * (threadIdx.x % parts);
   float v[8], other[8], squares = 0;
   if (inside) {
     load<8>(x + at, v);
@@ -172,10 +176,10 @@ NORM_SILU_SOURCE = """
   sums[threadIdx.x] = squares;
   __syncthreads();
   if (!inside) return;
-  const float* own = sums + threadIdx.x / PARTS * PARTS;
+  const float* own = sums + threadIdx.x / parts * parts;
   squares = 0;
-  for (int i = 0; i < PARTS; ++i) squares += own[i];
-  const float scale = rsqrtf(squares / CHANNELS + 1e-24f);
+  for (int i = 0; i < parts; ++i) squares += own[i];
+  const float scale = rsqrtf(squares / channels + 1e-24f);
   load<8>(gamma + column, other);
   for (int i = 0; i < 8; ++i) {
     v[i] *= scale * other[i];
@@ -186,34 +190,32 @@ NORM_SILU_SOURCE = """
 
 SUM_SOURCE = """
   const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
-  if (at >= size_t(x_shape[0]) * CHANNELS) return;
+  if (at >= size_t(x_shape[0]) * x_shape[1]) return;
   float v[8], other[8];
   load<8>(x + at, v);
   load<8>(y + at, other);
   for (int i = 0; i < 8; ++i) v[i] += other[i];
-  load<8>(bias + at % CHANNELS, other);
+  load<8>(bias + at % x_shape[1], other);
   for (int i = 0; i < 8; ++i) v[i] += other[i];
   store<8>(v, out + at);
 """
 
 DOUBLED_SOURCE = """
-  constexpr int PARTS = CHANNELS / 8;
-  const int h = x_shape[1] - 1, w = x_shape[2] - 1;
-  const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x, pixel = index / PARTS;
-  const size_t column = 8 * (index % PARTS), row = pixel / (2 * w), image = row / (2 * h);
+  const int h = x_shape[1] - 1, w = x_shape[2] - 1, channels = x_shape[5], parts = channels / 8;
+  const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x, pixel = index / parts;
+  const size_t column = 8 * (index % parts), row = pixel / (2 * w), image = row / (2 * h);
   if (image >= x_shape[0]) return;
   const int across = pixel % (2 * w), down = row % (2 * h), i = down % 2, j = across % 2;
   const size_t corner = (image * (h + 1) + down / 2 + i) * (w + 1) + across / 2 + j;
   float v[8], b[8];
-  load<8>(x + ((corner * 2 + i) * 2 + j) * CHANNELS + column, v);
+  load<8>(x + ((corner * 2 + i) * 2 + j) * channels + column, v);
   load<8>(bias + column, b);
   for (int i = 0; i < 8; ++i) v[i] += b[i];
   store<8>(v, out + 8 * index);
 """
 
 STREAMS = ("img", "txt")
-HEADS_WEIGHTS = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
-HEADS_INPUTS = tuple(f"{s}_{part}" for parts in ("qkv", HEADS_WEIGHTS, ("turns",)) for s in STREAMS for part in parts)
+HEADS_INPUTS = tuple(f"{stream}_{part}" for stream in STREAMS for part in ("qkv", "bias", "q_norm", "k_norm", "turns"))
 GATED_NORM_INPUTS = ("x", "y", "bias", "gates", "norms")
 
 
@@ -283,14 +285,12 @@ def _runs_on_cuda(dim: int) -> bool:
 class Heads(NamedTuple):
     """The layers that make one stream's queries, keys and values."""
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
+    qkv: nn.Linear  # all three, one after the other
     norm_q: nn.RMSNorm
     norm_k: nn.RMSNorm
 
     def weights(self) -> list[mx.array]:
-        return [self.q.bias, self.k.bias, self.v.bias, self.norm_q.weight, self.norm_k.weight]
+        return [self.qkv.bias, self.norm_q.weight, self.norm_k.weight]
 
 
 def joint_heads(
@@ -310,7 +310,8 @@ def _plain_heads(
     img_heads: Heads, img: mx.array, txt_heads: Heads, txt: mx.array, txt_seq_lens: list[int], rotary: ImageTextRotary
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
     def stream(heads: Heads, x: mx.array, turned: Rotary) -> tuple[mx.array, mx.array, mx.array]:
-        q, k, v = (layer(x).reshape(*x.shape[:-1], -1, heads.norm_q.weight.shape[0]) for layer in heads[:3])
+        qkv = heads.qkv(x).reshape(*x.shape[:-1], 3, -1, heads.norm_q.weight.shape[0])
+        q, k, v = (qkv[..., number, :, :] for number in range(3))
         return turned(heads.norm_q(q)), turned(heads.norm_k(k)), v
 
     of_images, of_texts = stream(img_heads, img, rotary.img), stream(txt_heads, txt, rotary.txt)
@@ -326,18 +327,16 @@ def _kernel_heads(
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
     dim, dtype = img.shape[-1], img.dtype
     heads = dim // HEAD_DIM
-    of_images, of_texts = ([product(layer, x) for layer in h[:3]] for h, x in ((img_heads, img), (txt_heads, txt)))
-    weights = [*img_heads.weights(), *txt_heads.weights()]
-    img_turns, txt_turns = (each.turns for each in rotary)
+    img_qkv, txt_qkv = product(img_heads.qkv, img), product(txt_heads.qkv, txt)
+    txt_turns = rotary.txt.turns
     kernel = _kernel("joint_heads", HEADS_INPUTS, ("q", "k", "v"), HEADS_SOURCE)
     for i, own in enumerate(spans(txt_seq_lens)):
         tokens = own.stop - own.start + img.shape[1]
-        pair, turns = [*of_images, *of_texts], [img_turns, txt_turns]
+        image, prompt, turns = img_qkv, txt_qkv, txt_turns
         if len(txt_seq_lens) > 1:
-            pair = [*(x[i] for x in of_images), *(t[own] for t in of_texts)]
-            turns = [img_turns, txt_turns[own]]
+            image, prompt, turns = img_qkv[i], txt_qkv[own], txt_turns[own]
         made = kernel(
-            inputs=[*pair, *weights, *turns],
+            inputs=[image, *img_heads.weights(), rotary.img.turns, prompt, *txt_heads.weights(), turns],
             template=[("T", dtype), ("HEADS", heads)],
             grid=(tokens * heads * WARP, 1, 1),
             threadgroup=(BLOCK_THREADS, 1, 1),
@@ -372,7 +371,7 @@ def gelu(layer: nn.Linear, h: mx.array) -> mx.array:
     x = product(layer, h)
     (made,) = _kernel("gelu", ("x", "bias"), ("out",), GELU_SOURCE)(
         inputs=[x.flatten(0, -2), layer.bias],
-        template=[("T", x.dtype), ("COLUMNS", x.shape[-1])],
+        template=[("T", x.dtype)],
         grid=(x.size // AT_ONCE, 1, 1),
         threadgroup=(BLOCK_THREADS, 1, 1),
         output_shapes=[x.shape],
@@ -414,7 +413,7 @@ def _by_channels(
     parts = channels // AT_ONCE
     (made,) = _kernel(name, inputs, ("out",), source)(
         inputs=[each.reshape(-1, channels) if each.ndim > 1 else each for each in arrays],
-        template=[("T", x.dtype), ("CHANNELS", channels), *template],
+        template=[("T", x.dtype), *template],
         grid=(x.size // AT_ONCE, 1, 1),
         threadgroup=(BLOCK_THREADS // parts * parts, 1, 1),
         output_shapes=[x.shape],
@@ -433,7 +432,7 @@ def doubled(x: mx.array, bias: mx.array) -> mx.array:
         return rows.reshape(b, 2 * h, 2 * w, channels) + bias
     (made,) = _kernel("doubled", ("x", "bias"), ("out",), DOUBLED_SOURCE)(
         inputs=[x, bias],
-        template=[("T", x.dtype), ("CHANNELS", channels)],
+        template=[("T", x.dtype)],
         grid=(4 * b * h * w * channels // AT_ONCE, 1, 1),
         threadgroup=(BLOCK_THREADS, 1, 1),
         output_shapes=[(b, 2 * h, 2 * w, channels)],
@@ -452,7 +451,7 @@ def unpacked(layer: nn.QuantizedLinear) -> mx.array:
     outputs, inputs = packed.shape[0], scales.shape[1] * group_size
     (made,) = _kernel("unpacked", ("packed", "scales", "biases"), ("out",), UNPACK_SOURCE)(
         inputs=[packed, scales, biases],
-        template=[("T", scales.dtype), ("COLUMNS", inputs), ("BITS", bits), ("GROUP", group_size)],
+        template=[("T", scales.dtype), ("BITS", bits), ("GROUP", group_size)],
         grid=(outputs * inputs // AT_ONCE, 1, 1),
         threadgroup=(BLOCK_THREADS, 1, 1),
         output_shapes=[(outputs, inputs)],

@@ -7,6 +7,7 @@ whole has zeros too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from math import ceil
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,6 +18,9 @@ class Tile(NamedTuple):
 
     y: slice
     x: slice
+
+    def scaled(self, scale: int) -> "Tile":
+        return Tile(*(slice(scale * span.start, scale * span.stop) for span in self))
 
 
 class Local(NamedTuple):
@@ -36,7 +40,8 @@ class Local(NamedTuple):
 
 
 def grid(height: int, width: int, edge: int) -> Iterator[Tile]:
-    """The tiles of edge x edge that cover so many pixels, row by row; the last ones may be smaller."""
+    """The tiles of at most edge x edge that cover so many pixels, row by row, as equal as can be: on CUDA every other
+    shape costs a search for how to convolve it."""
     for y in _spans(height, edge):
         for x in _spans(width, edge):
             yield Tile(y, x)
@@ -70,7 +75,8 @@ def settle(*arrays: mx.array) -> None:
 
 
 def _spans(size: int, edge: int) -> list[slice]:
-    return [slice(start, min(start + edge, size)) for start in range(0, size, edge)]
+    each = ceil(size / ceil(size / edge))
+    return [slice(start, min(start + each, size)) for start in range(0, size, each)]
 
 
 def _within(span: slice, source: slice, scale: int) -> slice:

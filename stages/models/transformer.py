@@ -9,7 +9,7 @@ then run over all tokens at once, attention runs per image, and no mask exists a
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -129,8 +129,7 @@ class JointAttention(nn.Module):
 
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_qkv, self.add_qkv_proj = (nn.Linear(dim, 3 * dim) for _ in range(2))
         self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, NORM_EPS) for _ in range(2))
         self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head_dim, NORM_EPS) for _ in range(2))
         self.to_out = [nn.Linear(dim, dim)]
@@ -138,13 +137,13 @@ class JointAttention(nn.Module):
 
     def __call__(self, img: mx.array, txt: mx.array, text: Text) -> tuple[mx.array, mx.array]:
         """What each attends to, before `to_out` and `to_add_out`: [B, S, dim] and [sum(txt_seq_lens), dim]."""
-        img_heads = Heads(self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
-        txt_heads = Heads(self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
+        img_heads = Heads(self.to_qkv, self.norm_q, self.norm_k)
+        txt_heads = Heads(self.add_qkv_proj, self.norm_added_q, self.norm_added_k)
         joint = kernels.joint_heads(img_heads, img, txt_heads, txt, text.txt_seq_lens, text.image_rotary_emb)
         img_out, txt_out = [], []
         for length, (q, k, v) in zip(text.txt_seq_lens, joint, strict=True):
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-            out = out.swapaxes(1, 2).flatten(2)[0]
+            out = out.swapaxes(1, 2).reshape(q.shape[2], -1)  # a view, where indexing would gather
             txt_out.append(out[:length])
             img_out.append(out[length:])
         return mx.stack(img_out), mx.concatenate(txt_out)
@@ -177,6 +176,7 @@ class QwenImageTransformerBlock(nn.Module):
 
 class QwenImageTransformer2DModel(nn.Module):
     LAYERS = "transformer_blocks"
+    JOINED: ClassVar = {"to_qkv": ("to_q", "to_k", "to_v"), "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj")}
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

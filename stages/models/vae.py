@@ -16,8 +16,8 @@ from stages.models import kernels, tiles
 from stages.models.kernels import RMS_EPS
 from stages.models.tiles import Local, Tile
 
-# of the middle attention's scores at a time; all of them would be 275 GB at 4096x4096
-SCORE_BYTES = 256 << 20 if mx.cuda.is_available() else 64 << 20
+# of the middle attention's scores, of which two lots are there at a time; all of them would be 275 GB at 4096x4096
+SCORE_BYTES = 128 << 20 if mx.cuda.is_available() else 32 << 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class AttentionBlock(nn.Module):
             # no fused kernel takes heads this wide, so the scores of a chunk become an array
             attended = mx.fast.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=dim**-0.5)
             chunks.append(chunk + self.proj(attended[:, 0]))
-            tiles.settle(chunks[-1])
+            mx.async_eval(chunks[-1])
+            mx.eval(chunks[-2:-1])
         del k, v
         return mx.concatenate(chunks, axis=1).reshape(shape)
 
@@ -189,8 +190,9 @@ class Decoder(nn.Module):
 
         x = self.mid_block.attentions[0](tiles.whole(below, x, edge))
         scale = prod(layer.scale for layer in above)
-        for tile in tiles.grid(x.shape[1] * scale, x.shape[2] * scale, edge * scale):
-            yield tile, tiles.part(above, x, tile)
+        for tile in tiles.grid(x.shape[1], x.shape[2], edge):
+            scaled = tile.scaled(scale)
+            yield scaled, tiles.part(above, x, scaled)
 
     def _rgb(self, x: mx.array) -> mx.array:
         return self.conv_out(kernels.norm_silu(x, self.norm_out.gamma))
