@@ -8,14 +8,16 @@ from stages.checkpoint import has_cuda
 
 OPENBLAS = "libopenblas.so.0"
 PACKAGE = "libopenblas0-pthread"  # what Debian and Ubuntu have it in
-# A GPU lags behind by buffers of so many operations, whose memory is held meanwhile: few cost no time. What a buffer's
-# operations read is bounded where they would be eight layers of a large tile.
-CUDA_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "8"}
 CUDA = {
-    "encode": CUDA_BUFFERS,
-    "denoise": {"MLX_MAX_OPS_PER_BUFFER": "4"},
-    # and how to convolve is kept for every shape: tiles at borders and corners have their own, in every layer
-    "decode": {**CUDA_BUFFERS, "MLX_MAX_MB_PER_BUFFER": "256", "MLX_CUDA_CONV_CACHE_SIZE": "2048"},
+    # a GPU lags behind by buffers of so many operations, whose memory is held meanwhile: few cost no time
+    "MLX_MAX_OPS_PER_BUFFER": "8",
+    # or MLX gives up for good after some hundred sizes of pictures and lengths of prompts: it counts what it prepared
+    "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
+}
+CUDA_STAGES = {
+    "denoise": {"MLX_MAX_OPS_PER_BUFFER": "4"},  # or too many unpacked layers of a quantized model would wait
+    # what a buffer's operations read, or they would be eight layers of a large tile; and how to convolve what shapes
+    "decode": {"MLX_MAX_MB_PER_BUFFER": "256", "MLX_CUDA_CONV_CACHE_SIZE": "1024"},
 }
 
 
@@ -26,7 +28,7 @@ def prepare_mlx(stage: str | None = None) -> None:
     implementation, thirty times slower. On CUDA it commits small buffers, smaller ones in some stages.
     """
     if has_cuda():
-        for name, value in CUDA.get(stage or "", CUDA_BUFFERS).items():
+        for name, value in (CUDA | CUDA_STAGES.get(stage or "", {})).items():
             os.environ.setdefault(name, value)
     else:
         open_blas()

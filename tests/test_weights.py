@@ -407,7 +407,8 @@ def test_doctor_tells_how_to_get_a_faster_blas(qwen_stage, small_model, monkeypa
 def test_mlx_is_told_once_what_people_did_not_say_themselves(monkeypatch):
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "20")
-    for name in {name for told in backend.CUDA.values() for name in told} - {"MLX_MAX_OPS_PER_BUFFER"}:
+    told = {name for told in (backend.CUDA, *backend.CUDA_STAGES.values()) for name in told}
+    for name in told - {"MLX_MAX_OPS_PER_BUFFER"}:
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         del os.environ[name]
     backend.prepare_mlx()

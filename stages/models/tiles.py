@@ -1,13 +1,17 @@
 """Local layers, tile by tile: what they make of everything at once, exactly, in memory that a tile bounds.
 
 A 3x3 convolution sees one pixel further than it writes, so a tile needs a halo around it of what lies below. Each layer
-is given just the halo that it and those above still need: at a tile's inner edges its convolutions find zeros where the
+is given the halo that it and those above still need: at a tile's inner edges its convolutions find zeros where the
 neighbours are, so what those zeros reached is cut off again. At the picture's own borders nothing is cut: there the
 whole has zeros too.
+
+All tiles of a picture have one shape, in every layer: a GPU's libraries prepare for every shape anew, and memory that
+one tile leaves behind is what the next one needs. So the last tile begins early enough to be as large as the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
+from itertools import pairwise
+from math import ceil, prod
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -19,9 +23,6 @@ class Tile(NamedTuple):
     y: slice
     x: slice
 
-    def scaled(self, scale: int) -> "Tile":
-        return Tile(*(slice(scale * span.start, scale * span.stop) for span in self))
-
 
 class Local(NamedTuple):
     """A layer each of whose output pixels depends on the input pixels near it."""
@@ -30,40 +31,61 @@ class Local(NamedTuple):
     reach: int  # 3x3 convolutions in a row: so far an output pixel sees, counted in output pixels
     scale: int = 1  # output pixels for an input pixel, each way
 
-    def source(self, tile: Tile) -> Tile:
-        """What of its input a tile of its output depends on. It may end beyond the picture, as slices may."""
-        y, x = (
-            slice(max(0, (span.start - self.reach) // self.scale), -(-(span.stop + self.reach) // self.scale))
-            for span in tile
-        )
-        return Tile(y, x)
+    def source(self, span: slice, size: int) -> slice:
+        """What of `size` input pixels in a row so many output pixels depend on."""
+        begin, end = (span.start - self.reach) // self.scale, ceil((span.stop + self.reach) / self.scale)
+        return slice(max(0, begin), min(size, end))
 
 
-def grid(height: int, width: int, edge: int) -> Iterator[Tile]:
-    """The tiles of at most edge x edge that cover so many pixels, row by row, as equal as can be: on CUDA every other
-    shape costs a search for how to convolve it."""
-    for y in _spans(height, edge):
-        for x in _spans(width, edge):
-            yield Tile(y, x)
+def in_tiles(layers: Sequence[Local], x: mx.array, edge: int) -> Iterator[tuple[Tile, mx.array]]:
+    """What layers make of x [B, H, W, C], in tiles of at most edge x edge of x's pixels, which may overlap."""
+    _, height, width, _ = x.shape
+    for ys in along(layers, height, edge):
+        for xs in along(layers, width, edge):
+            yield Tile(ys[-1], xs[-1]), part(layers, x, ys, xs)
 
 
-def part(layers: Sequence[Local], x: mx.array, tile: Tile) -> mx.array:
-    """One tile of what the layers make of x [B, H, W, C], computed now."""
-    if not layers:
-        return x[:, tile.y, tile.x]
-    *below, last = layers
-    source = last.source(tile)
-    made = last.layer(part(below, x, source))
-    made = mx.contiguous(made[:, _within(tile.y, source.y, last.scale), _within(tile.x, source.x, last.scale)])
-    settle(made)  # a layer at a time: a graph of several would keep more than two layers' pixels alive
+def along(layers: Sequence[Local], size: int, edge: int) -> list[tuple[slice, ...]]:
+    """For each tile along `size` pixels what it needs of them, then of what every layer makes; the last is the tile."""
+    scale = prod(layer.scale for layer in layers)
+    count = ceil(size / edge)
+    each = scale * ceil(size / count)
+    size *= scale
+    spans = [slice(begin, begin + each) for begin in (min(number * each, size - each) for number in range(count))]
+    levels = [spans]
+    for layer in reversed(layers):
+        size //= layer.scale
+        levels.append(_equal([layer.source(span, size) for span in levels[-1]], size))
+    return list(zip(*reversed(levels), strict=True))
+
+
+def _equal(spans: list[slice], size: int) -> list[slice]:
+    """All as long as the longest, within `size`."""
+    length = max(span.stop - span.start for span in spans)
+    return [slice(begin, begin + length) for begin in (min(span.start, size - length) for span in spans)]
+
+
+def part(layers: Sequence[Local], x: mx.array, ys: Sequence[slice], xs: Sequence[slice]) -> mx.array:
+    """One tile of what layers make of x [B, H, W, C], by what `along` says of it."""
+    made = x[:, ys[0], xs[0]]
+    for local, down, right in zip(layers, pairwise(ys), pairwise(xs), strict=True):
+        made = local.layer(made)
+        made = mx.contiguous(made[:, _within(*down, local.scale), _within(*right, local.scale)])
+        settle(made)  # a layer at a time: a graph of several would keep more than two layers' pixels alive
     return made
 
 
 def whole(layers: Sequence[Local], x: mx.array, edge: int) -> mx.array:
-    """All that layers of scale 1 make of x [B, H, W, C], computed in tiles of edge x edge."""
-    rows = []
-    for y in _spans(x.shape[1], edge):
-        rows.append(mx.concatenate([part(layers, x, Tile(y, along)) for along in _spans(x.shape[2], edge)], axis=2))
+    """All that layers of scale 1 make of x [B, H, W, C], computed in tiles of at most edge x edge."""
+    _, height, width, _ = x.shape
+    rows, down = [], 0
+    for ys in along(layers, height, edge):
+        row, right = [], 0
+        for xs in along(layers, width, edge):
+            row.append(part(layers, x, ys, xs)[:, down - ys[-1].start :, right - xs[-1].start :])
+            right = xs[-1].stop
+        rows.append(mx.concatenate(row, axis=2))
+        down = ys[-1].stop
     return mx.concatenate(rows, axis=1)
 
 
@@ -74,12 +96,7 @@ def settle(*arrays: mx.array) -> None:
         mx.eval(arrays)
 
 
-def _spans(size: int, edge: int) -> list[slice]:
-    each = ceil(size / ceil(size / edge))
-    return [slice(start, min(start + each, size)) for start in range(0, size, each)]
-
-
-def _within(span: slice, source: slice, scale: int) -> slice:
+def _within(source: slice, span: slice, scale: int) -> slice:
     """Where a span is in what was made of its source."""
     begin = source.start * scale
     return slice(span.start - begin, span.stop - begin)

@@ -7,7 +7,6 @@ Everything is channels-last, [B, H, W, C].
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -189,10 +188,7 @@ class Decoder(nn.Module):
         above.append(Local(self._rgb, 1))
 
         x = self.mid_block.attentions[0](tiles.whole(below, x, edge))
-        scale = prod(layer.scale for layer in above)
-        for tile in tiles.grid(x.shape[1], x.shape[2], edge):
-            scaled = tile.scaled(scale)
-            yield scaled, tiles.part(above, x, scaled)
+        yield from tiles.in_tiles(above, x, edge)
 
     def _rgb(self, x: mx.array) -> mx.array:
         return self.conv_out(kernels.norm_silu(x, self.norm_out.gamma))
