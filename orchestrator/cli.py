@@ -39,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
             setattr(args, name, value)
     _SIGNALS.install()
     try:
+        if getattr(args, "lora", None):
+            from stages.model_name import put_together
+
+            args.model = put_together(args.model, args.lora)
         code: int = args.command(args)
         print(end="", flush=True)
         return code
@@ -247,10 +251,11 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     from artifacts_schema.manifests import split
     from orchestrator.inspect import read_recipe
     from stages.checkpoint import open_checkpoint
+    from stages.model_name import following
 
     recipe = read_recipe(picture)
     try:
-        checkpoint = open_checkpoint(args.model or recipe.model)
+        checkpoint = open_checkpoint(following(args.model, recipe.model))
     except UserError as error:
         if args.model:
             raise
@@ -261,7 +266,7 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     if recipe.seed is None and not args.seed and args.noise is None:
         raise UserError(f"{picture} was made from a file of noise; give that with --noise, or a --seed")
     args.prompts = args.prompts or [recipe.prompt]
-    args.model = args.model or recipe.model
+    args.model = following(args.model, recipe.model)
     args.seed = args.seed or ([] if recipe.seed is None else [recipe.seed])
     args.size = args.size or f"{recipe.width}x{recipe.height}"
     if args.steps is args.shift is args.sigmas is None:
@@ -558,8 +563,9 @@ def _read_prompts(path: Path, format: str | None) -> tuple[bytes, str, str]:
 
 def _announce(model: str | None, notice: Callable[[str], None]) -> None:
     from stages.checkpoint import REAL_MODEL_HINT
+    from stages.model_name import ModelName
 
-    if model is None:
+    if model is None or not ModelName.parse(model).checkpoint:
         notice(f"using the built-in demo model, which knows only flat-coloured shapes; {REAL_MODEL_HINT}")
 
 
@@ -649,6 +655,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help=f"{model_help}; default: that of the stage before, or the built-in demo",
     )
+    lora_help = "a LoRA to put into the model, and how strong: a file, or OWNER/NAME/FILE on the hub; may be repeated"
+    add("--lora", type=_text, action="append", default=[], metavar="FILE[:SCALE]", help=lora_help)
     memory_help = "what a stage may use, as in 16GB: it keeps to that or refuses; default: what is free"
     add("--memory", type=_bytes, metavar="SIZE", help=memory_help)
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -20,6 +20,7 @@ from orchestrator.inspect import read_recipe
 from stages.checkpoint import DEMO, Checkpoint, default_dtype, open_checkpoint
 from stages.decode import DEFAULT_DTYPE
 from stages.encode import DEFAULT_NEGATIVE_PROMPT
+from stages.model_name import following
 
 MAX_DROP_BYTES = 4 << 20  # of prompts; they are held in memory
 MAX_PROMPTS = 10_000
@@ -102,7 +103,7 @@ class Intake(NamedTuple):
 
     def _checkpoint(self, recipe: Recipe, source: str) -> Checkpoint:
         try:
-            checkpoint = open_checkpoint(self.model or recipe.model)
+            checkpoint = open_checkpoint(following(self.model, recipe.model))
         except UserError as error:
             raise UserError(f"{source} was made with {recipe.model!r}; start `watch` with --model ({error})") from None
         others = [name for name, found in recipe.fingerprints.items() if checkpoint.fingerprint(name) != found]

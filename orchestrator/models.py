@@ -7,8 +7,9 @@ from pathlib import Path
 
 from artifacts_schema.errors import UserError
 from stages import hub
-from stages.checkpoint import COMPONENTS, DEMO, Checkpoint, open_checkpoint, tensors_of, weight_files
+from stages.checkpoint import COMPONENTS, DEMO, Checkpoint, open_checkpoint, weight_files
 from stages.measure import gigabytes
+from stages.tensors import tensors_of
 
 PIPELINE = "QwenImage"  # what the classes begin with that model_index.json may name
 

@@ -25,6 +25,7 @@ from artifacts_schema.manifests import (
 from artifacts_schema.prompts import NO_GUIDANCE, Entry, Wanted, as_wanted, check_settings, to_jsonl
 from orchestrator import EXIT_DONE, EXIT_SOME_FAILED
 from orchestrator.run import precision, stage
+from stages.model_name import following
 
 Notice = Callable[[str], None]
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class Rerun:
         self.streaming = streaming
         self.limits = limits
         self.notice = notice
+        self.own_model = model
         self.model = [] if model is None else [f"--model={model}"]
         self.some_failed = False
         restored = [self._restore(kind) for kind in store.KINDS]
@@ -132,7 +134,7 @@ class Rerun:
             and not {item.prompt_key, item.negative_key} <= whole
         ]
         dtypes = {key: each.dtype for key, each in embeddings.items()}
-        model = self.model or [f"--model={manifest.model.name}"]
+        model = f"--model={following(self.own_model, manifest.model.name)}"
         truncate = any(each.tokens < each.prompt_tokens for each in embeddings.values())
         for own_dtype, items in _grouped(damaged, lambda item: dtypes.get(item.prompt_key)):
             self._stage(
@@ -140,7 +142,7 @@ class Rerun:
                 "-",
                 "--format=jsonl",
                 f"--out={self.run}",
-                *model,
+                model,
                 *precision(own_dtype),
                 *self.streaming,
                 *(["--truncate"] if truncate else []),

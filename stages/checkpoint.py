@@ -8,9 +8,8 @@ import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,23 +18,15 @@ from artifacts_schema.errors import Unavailable, UserError
 from artifacts_schema.manifests import Settings
 from artifacts_schema.prompts import check_settings, parse_size
 from stages import hub
+from stages.lora import Lora, parse_scale
 from stages.measure import Notice, Report
+from stages.model_name import LORA, ModelName
+from stages.tensors import WEIGHTS_SUFFIX, shown, tensors_in
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "tiny"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-SHOWN_NAMES = 3  # of tensors, in an error
-HEADER_SIZE_BYTES = 8  # a safetensors file begins with the size of its header
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-BITS_PER_NUMBER = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # in safetensors files
-BITS_PER_NUMBER |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8)
-BITS_PER_NUMBER |= dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
-BITS_PER_NUMBER |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16)
-BITS_PER_NUMBER |= dict.fromkeys(("I32", "U32", "F32"), 32)
-BITS_PER_NUMBER |= dict.fromkeys(("C64", "F64", "I64", "U64"), 64)
-NUMBERS = ("BF16", "F16", "F32")  # formats of weights, as safetensors calls them
 CUDA_BACKEND = "mlx_cuda*.dist-info"  # beside MLX's own package
 MAX_PIXELS = 8192 * 8192
 MAX_POSITIONS = 4096  # the reference's RoPE tables end there; the transformer never saw positions beyond
@@ -55,24 +46,6 @@ class OwnDefaults(msgspec.Struct):
     cfg: float | None = None
 
 
-class Tensor(NamedTuple):
-    """Where a tensor lies in a file, and what it is."""
-
-    file: Path
-    dtype: str  # safetensors' name: BF16, F32, U32
-    shape: tuple[int, ...]
-    begin: int
-    size: int  # bytes
-
-
-class _Entry(msgspec.Struct):
-    """What a safetensors header says of a tensor."""
-
-    dtype: str
-    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
-    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
-
-
 @dataclass(frozen=True)
 class Shape:
     """What other stages need to know of `vae/config.json`."""
@@ -84,13 +57,15 @@ class Shape:
 class Checkpoint:
     name: str  # as manifests record it and --model takes it: the demo's name, a hub id, or an absolute path
     directory: Path
+    lora_files: tuple[tuple[str, float], ...] = ()  # as the name has them, and how strong each is
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # reading takes a moment
 
     def component(self, name: str) -> Path:
         path = self.directory / name
         if not path.is_dir():
-            on_hub = hub.repository(self.name)
-            how = f"fetch it with `qwen-stage models pull {self.name}`" if on_hub else "download the whole model"
+            checkpoint = ModelName.parse(self.name).checkpoint
+            on_hub = hub.repository(checkpoint)
+            how = f"fetch it with `qwen-stage models pull {checkpoint}`" if on_hub else "download the whole model"
             raise Unavailable(f"{self.directory} has no {name}/; {how} or choose another --model")
         return path
 
@@ -118,8 +93,18 @@ class Checkpoint:
         if component not in self._fingerprints:
             suffixes = (".json", ".txt") if component == "tokenizer" else (".json", WEIGHTS_SUFFIX)
             files = [path for path in self.component(component).iterdir() if path.suffix in suffixes]
-            self._fingerprints[component] = keys.fingerprint([path for path in files if path.is_file()])
+            own = keys.fingerprint([path for path in files if path.is_file()])
+            self._fingerprints[component] = with_loras(own, self.loras(component))
         return self._fingerprints[component]
+
+    def without_loras(self) -> "Checkpoint":
+        return Checkpoint(str(ModelName.parse(self.name)._replace(parts=())), self.directory)
+
+    def loras(self, component: str) -> list[Lora]:
+        """What is put into a component's weights, in this order."""
+        if component != "transformer":
+            return []
+        return [Lora(_lora_path(file), scale) for file, scale in self.lora_files]
 
     def model(self, *components: str) -> manifests.Model:
         """How manifests name this checkpoint. A component that is not there has no fingerprint."""
@@ -175,6 +160,12 @@ class Checkpoint:
                 )
 
 
+def with_loras(fingerprint: str, loras: list[Lora]) -> str:
+    """The fingerprint of weights that LoRAs are put into."""
+    changes = [(lora.fingerprint(), lora.scale) for lora in loras]
+    return keys.sha256(msgspec.json.encode([fingerprint, changes])) if changes else fingerprint
+
+
 class Fetching(NamedTuple):
     """For which stages a model may be downloaded, and how that is told."""
 
@@ -190,6 +181,12 @@ def open_checkpoint(model: str | None, fetching: Fetching | None = None) -> Chec
     """
     if model is None or model == DEMO:
         return Checkpoint(DEMO, DEMO_DIRECTORY)
+    said = ModelName.parse(model)
+    loras = tuple(_lora(each, fetching) for each in said.of(LORA))
+    parts = tuple((LORA, f"{file}:{scale!r}") for file, scale in loras)
+    if said.checkpoint in ("", DEMO):
+        return Checkpoint(str(ModelName(DEMO, parts)), DEMO_DIRECTORY, loras)
+    model = said.checkpoint
     path = Path(model)  # the shell has expanded ~
     name = model
     if path.is_dir():
@@ -201,7 +198,7 @@ def open_checkpoint(model: str | None, fetching: Fetching | None = None) -> Chec
         raise Unavailable(f"unknown model {model!r}: no such directory; give the directory of a Qwen-Image checkpoint")
     if not (directory / "model_index.json").exists() and not any((directory / name).is_dir() for name in COMPONENTS):
         raise Unavailable(f"{directory} is not a Qwen-Image checkpoint: it has no model_index.json and no transformer/")
-    return Checkpoint(name, directory)
+    return Checkpoint(str(ModelName(name, parts)), directory, loras)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,6 +234,29 @@ def _on_hub(repository: hub.Repository, fetching: Fetching | None) -> Path:
     return directory
 
 
+def _lora(said: str, fetching: Fetching | None) -> tuple[str, float]:
+    """A LoRA's file, an absolute path or one on the hub, and how strong it is; downloaded if `fetching` says so."""
+    file, scale = (said, 1.0) if Path(said).is_file() else parse_scale(said)
+    path = Path(file)  # the shell has expanded ~
+    if path.is_file():
+        return str(path.resolve()), scale
+    if (remote := hub.remote_file(file)) is None:
+        raise Unavailable(f"--lora {said}: no such file; give one, or OWNER/NAME/FILE.safetensors on the hub")
+    if fetching and "denoise" in fetching.stages:
+        hub.fetch_file(remote, fetching.report, fetching.notice)
+    return file, scale
+
+
+def _lora_path(file: str) -> Path:
+    if (path := Path(file)).is_absolute():
+        return path
+    remote = hub.remote_file(file)
+    found = hub.cached_file(remote) if remote else None
+    if found is None:
+        raise Unavailable(f"--lora {file} is not in the Hugging Face cache; denoise or run downloads it")
+    return found
+
+
 def _named_files(directory: Path) -> tuple[set[Path], dict[str, str]]:
     """The shards that an index names, and which tensor it says is where; or the single weight file."""
     indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
@@ -261,52 +281,12 @@ def weight_files(directory: Path) -> list[Path]:
         if not path.exists():
             raise UserError(f"{path} is missing; download the model again")
         try:
-            names = _tensors_in(path).keys()
+            names = tensors_in(path).keys()
         except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); download the model again") from None
         if absent := sorted(name for name, shard in weight_map.items() if shard == path.name and name not in names):
             raise UserError(f"{path} lacks the tensors {shown(absent)} that the index promises; download it again")
     return sorted(expected)
-
-
-def tensors_of(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors in safetensors files that `weight_files` has checked, by name."""
-    return {name: tensor for path in files for name, tensor in _tensors_in(path).items()}
-
-
-def _tensors_in(path: Path) -> dict[str, Tensor]:
-    """What the header of a safetensors file promises. Raises ValueError unless the file holds just that.
-
-    The package of that name would do the same, but imports numpy, which takes longer than encoding a prompt.
-    """
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(HEADER_SIZE_BYTES), "little")
-        if header_bytes > min(MAX_HEADER_BYTES, total - HEADER_SIZE_BYTES):
-            raise ValueError("its header does not end")
-        header = msgspec.json.decode(file.read(header_bytes), type=dict[str, msgspec.Raw])
-    msgspec.json.decode(header.pop("__metadata__", b"null"), type=dict[str, str] | None)
-    entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
-    at = start = HEADER_SIZE_BYTES + header_bytes
-    tensors = {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        begin, end = (start + offset for offset in entry.data_offsets)
-        size = end - begin
-        if entry.dtype not in BITS_PER_NUMBER:
-            raise ValueError(f"tensor {name} is {entry.dtype}, which is unknown")
-        if begin != at or 8 * size != BITS_PER_NUMBER[entry.dtype] * prod(entry.shape):
-            raise ValueError(f"tensor {name} is not where or not as large as its header says")
-        tensors[name] = Tensor(path, entry.dtype, entry.shape, begin, size)
-        at = end
-    if at != total:
-        raise ValueError(f"it should have {at} bytes and has {total}")
-    return tensors
-
-
-def shown(names: list[str]) -> str:
-    """Some of the names, for an error."""
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def default_dtype() -> manifests.Dtype:

@@ -17,17 +17,15 @@ from artifacts_schema.errors import UserError
 from stages.checkpoint import (
     COMPONENTS,
     INDEX_SUFFIX,
-    NUMBERS,
-    WEIGHTS_SUFFIX,
     Checkpoint,
-    Tensor,
     open_checkpoint,
     read_json,
-    tensors_of,
     weight_files,
 )
+from stages.lora import applied
 from stages.measure import Notice, Report
 from stages.memory import gigabytes
+from stages.tensors import NUMBERS, WEIGHTS_SUFFIX, Tensor, tensors_of
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|transformer_blocks)\.(\d+)\.")
 METADATA = "qwen-stage"
@@ -112,6 +110,7 @@ class Component:
         self.model = models[quantization.component]
         self.quantization, self.target = quantization, target
         self.source = checkpoint.component(quantization.component)
+        self.loras = checkpoint.loras(quantization.component)
         self.files = weight_files(self.source)
         self.tensors = tensors_of(self.files)
         if packed := [name for name in self.tensors if name.endswith(".scales")]:
@@ -154,6 +153,7 @@ class Component:
         unread: dict[str, mx.array] = {}
         for file in self.files:
             unread.update(mx.load(str(file)))
+        unread = applied(unread, self.loras)
         for number, (part, name) in enumerate(zip(self.parts, self.names, strict=True)):
             own = {each: unread.pop(each) for each in part}
             if number not in there:

@@ -28,6 +28,7 @@ from stages import memory
 from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, Fetching, has_cuda, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, versions
+from stages.model_name import ModelName, following
 from stages.preview import Fit
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def decode(
     asked, dtype = dtype, dtype or DEFAULT_DTYPE
     source = store.find(latents, LatentsManifest)
     manifest, manifest_id = store.read_manifest(source, LatentsManifest)
-    checkpoint = open_checkpoint(model or manifest.model.name, Fetching(("decode",), report, notice))
+    checkpoint = open_checkpoint(following(model, manifest.model.name), Fetching(("decode",), report, notice))
     checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
     if tile is not None and (tile < SMALLEST_TILE or tile % checkpoint.vae_scale_factor):
         raise UserError(f"--tile {tile}: must be a multiple of {checkpoint.vae_scale_factor}, at least {SMALLEST_TILE}")
@@ -300,7 +301,7 @@ def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
         cache_steps=item.cache_steps,
         shift=item.shift,
         sigmas=item.sigmas,
-        model=Path(model.name).name if Path(model.name).is_absolute() else model.name,  # pictures travel, paths do not
+        model=str(ModelName.parse(model.name).for_others()),
         fingerprints=model.fingerprints,
         embeddings_dtype=item.embeddings_dtype,
         dtype=item.dtype,

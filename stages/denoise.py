@@ -33,6 +33,7 @@ from stages import memory
 from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, Fetching, default_dtype, has_cuda, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, forget_peak, versions
+from stages.model_name import following
 from stages.modulation import Sigmas, Tables
 from stages.preview import Preview
 from stages.scheduler import SchedulerConfig
@@ -119,7 +120,7 @@ def denoise(
     cache_limit = cache.limit()
     source = store.find(embeddings, EmbeddingsManifest)
     manifest, manifest_id = store.read_manifest(source, EmbeddingsManifest)
-    checkpoint = open_checkpoint(model or manifest.model.name, Fetching(("denoise",), report, notice))
+    checkpoint = open_checkpoint(following(model, manifest.model.name), Fetching(("denoise",), report, notice))
     checkpoint.check_made_with(manifest.model, ("tokenizer", "text_encoder"), f"the embeddings in {source} were")
     config = checkpoint.config("transformer", TransformerConfig)
     schedule = checkpoint.config("scheduler", SchedulerConfig, "scheduler_config.json")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from artifacts_schema.errors import Unavailable, UserError
 from stages.measure import Notice, Report, gigabytes
+from stages.tensors import shown
 
 COMPONENTS = {"encode": ("tokenizer", "text_encoder"), "denoise": ("scheduler", "transformer"), "decode": ("vae",)}
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
@@ -34,6 +35,60 @@ def repository(name: str) -> Repository | None:
     if id.count("/") != 1 or id.startswith((".", "/", "~")) or id.endswith("/") or (not revision and "@" in name):
         return None
     return Repository(id, revision or None)
+
+
+class RemoteFile(NamedTuple):
+    repository: Repository
+    name: str
+
+    def __str__(self) -> str:
+        revision = f"@{self.repository.revision}" if self.repository.revision else ""
+        return f"{self.repository.id}/{self.name}{revision}"
+
+
+def remote_file(said: str) -> RemoteFile | None:
+    """ "owner/name/file.safetensors" or "owner/name/directory/file.safetensors@revision"; None for what is neither."""
+    path, _, revision = said.partition("@")
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    if not (owner and name and file.endswith(".safetensors")) or owner.startswith((".", "~")):
+        return None
+    return RemoteFile(Repository(f"{owner}/{name}", revision or None), file)
+
+
+def cached_file(file: RemoteFile) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(file.repository.id, file.name, revision=file.repository.revision)
+    except HFValidationError as error:
+        raise Unavailable(f"{str(file)!r} is neither a file here nor one on the hub: {error}") from None
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch_file(file: RemoteFile, report: Report, notice: Notice) -> Path:
+    """Downloads one file, unless the cache has it."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if found := cached_file(file):
+        return found
+    with _in_plain_words(file.repository):
+        info = HfApi().model_info(file.repository.id, revision=file.repository.revision, files_metadata=True)
+        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        if file.name not in sizes:
+            others = [name for name in sizes if name.endswith(".safetensors")]
+            there = f"it has {shown(others)}" if others else "nor any other safetensors file"
+            raise Unavailable(f"{file.repository} has no {file.name} on the hub; {there}")
+        _check_room(file.repository, sizes[file.name])
+        notice(f"downloading {gigabytes(sizes[file.name])}: {file}, into {constants.HF_HUB_CACHE}")
+        directory = snapshot_download(
+            file.repository.id,
+            revision=file.repository.revision,
+            allow_patterns=[file.name],
+            tqdm_class=_progress(report, sizes[file.name]),
+        )
+    return Path(directory) / file.name
 
 
 def cached(repository: Repository) -> Path | None:
@@ -79,13 +134,12 @@ def fetch(repository: Repository, stages: tuple[str, ...], report: Report, notic
             for name, size in wanted.items()
             if not isinstance(try_to_load_from_cache(repository.id, name, revision=info.sha), str)
         }
-        total, cache = sum(missing.values()), Path(constants.HF_HUB_CACHE)
-        free = shutil.disk_usage(_existing(cache)).free
-        if total > free:
-            raise UserError(f"{repository} needs {gigabytes(total)} more, {gigabytes(free)} are free in {cache}")
+        total = sum(missing.values())
+        _check_room(repository, total)
         if total:
             what = " and ".join(dict.fromkeys(name.partition("/")[0] for name in missing if "/" in name))
-            notice(f"downloading {gigabytes(total)} of {repository}{f': {what}' if what else ''}, into {cache}")
+            place = constants.HF_HUB_CACHE
+            notice(f"downloading {gigabytes(total)} of {repository}{f': {what}' if what else ''}, into {place}")
         directory = snapshot_download(
             repository.id,
             revision=repository.revision,
@@ -94,6 +148,15 @@ def fetch(repository: Repository, stages: tuple[str, ...], report: Report, notic
         )
     _clear_leftovers(Path(directory).parent.parent / "blobs")
     return Path(directory)
+
+
+def _check_room(repository: Repository, needed: int) -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(_existing(cache)).free
+    if needed > free:
+        raise UserError(f"{repository} needs {gigabytes(needed)} more, {gigabytes(free)} are free in {cache}")
 
 
 def _clear_leftovers(blobs: Path) -> None:

@@ -13,8 +13,10 @@ from artifacts_schema import cache, keys
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import ModulationTable
 from stages import memory
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import Checkpoint, weight_files, with_loras
+from stages.lora import Lora, changes_in, layers_of
 from stages.measure import Notice, Report
+from stages.tensors import tensors_of
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -36,6 +38,8 @@ class Tables:
     ) -> None:
         self.checkpoint, self.config, self.dtype, self.report, self.notice = checkpoint, config, dtype, report, notice
         self.held: dict[Sigmas, Modulation] = {}  # what the cache did not take
+        # most LoRAs leave these weights alone: then the table is that of the model itself
+        self.fingerprint = with_loras(checkpoint.without_loras().fingerprint("transformer"), _own_loras(checkpoint))
 
     def prepare(self, schedules: list[Sigmas], within: memory.Budget) -> None:
         """Makes the tables that are missing, several in one pass over the weights if there is room for them.
@@ -84,7 +88,7 @@ class Tables:
 
     def _item(self, sigmas: Sigmas) -> ModulationTable:
         determined_by = {
-            "transformer": self.checkpoint.fingerprint("transformer"),
+            "transformer": self.fingerprint,
             "sigmas": sigmas[:-1],
             "dtype": self.dtype,
             "code": CODE_VERSION,
@@ -102,7 +106,8 @@ class Tables:
 
         dtype = mlx_dtype(self.dtype)
         modulator = Modulator(self.config)
-        load_weights(modulator, self.checkpoint.component("transformer"), dtype, stream=True)
+        directory, loras = self.checkpoint.component("transformer"), self.checkpoint.loras("transformer")
+        load_weights(modulator, directory, dtype, loras=loras, stream=True)
         if isinstance(modulator.transformer_blocks, Streamed):
             modulator.transformer_blocks.after_layer = partial(self.report, "modulation")
         levels = list(dict.fromkeys(sigma for sigmas in schedules for sigma in sigmas[:-1]))
@@ -121,6 +126,17 @@ def model_timestep(sigma: float, compute: "mx.Dtype") -> "mx.array":
     import mlx.core as mx
 
     return mx.array(1000 * sigma).astype(compute) / 1000
+
+
+def _own_loras(checkpoint: Checkpoint) -> list[Lora]:
+    """Those that change the modulation."""
+    from stages.models.transformer import Modulator
+
+    if not (loras := checkpoint.loras("transformer")):
+        return []
+    layers = layers_of(tensors_of(weight_files(checkpoint.component("transformer"))))
+    changed = [(lora, changes_in(lora.path, layers)) for lora in loras]
+    return [lora for lora, changes in changed if any(Modulator.owns(f"{layer}.weight") for layer in changes)]
 
 
 def _by_step(table: "Modulation") -> "list[Modulation]":

@@ -6,7 +6,7 @@ model stays whole and right: when weights are read and dropped again decides abo
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from artifacts_schema.errors import Unreadable, UserError
-from stages.checkpoint import Checkpoint, Tensor, shown, tensors_of, weight_files
+from stages.checkpoint import Checkpoint, weight_files
+from stages.lora import SIDE, Lora, applied
 from stages.measure import Report
 from stages.memory import Weights
 from stages.models.linear import QuantizedLinear
+from stages.tensors import Tensor, shown, tensors_of
 
 NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # as safetensors calls them
 GROUP_SIZE = 64  # weights that share a scale and a bias
@@ -55,7 +57,8 @@ class Loading(NamedTuple):
     def weights(self) -> Weights:
         """What it takes in memory."""
         directory = self.checkpoint.component(self.component)
-        return weights_of(directory, self.model, mlx_dtype(self.dtype), self.bits)
+        loras = self.checkpoint.loras(self.component)
+        return weights_of(directory, self.model, mlx_dtype(self.dtype), self.bits, loras)
 
 
 def load_model(loading: Loading, *, stream: bool = False, report: Report | None = None) -> Any:
@@ -69,15 +72,18 @@ def load_model(loading: Loading, *, stream: bool = False, report: Report | None 
         checkpoint, component, model, config, dtype, bits = loading
         made = model(checkpoint.config(component, config))
         directory = checkpoint.component(component)
-        load_weights(made, directory, mlx_dtype(dtype), bits=bits, stream=stream, report=report)
+        loras = checkpoint.loras(component)
+        load_weights(made, directory, mlx_dtype(dtype), bits=bits, loras=loras, stream=stream, report=report)
         _loaded[key] = (stream, made)
     return _loaded[key][1]
 
 
-def weights_of(directory: Path, model: Any, dtype: mx.Dtype, bits: int | None = None) -> Weights:
+def weights_of(
+    directory: Path, model: Any, dtype: mx.Dtype, bits: int | None = None, loras: Sequence[Lora] = ()
+) -> Weights:
     """What the weights of `model`, one of the model classes, will take. Reads no more than the files' headers."""
     files = weight_files(directory)
-    stored, kept = (_lazy(files, model, *form) for form in ((None, None), (dtype, bits)))
+    stored, kept = _lazy(files, model, None, None, loras), _lazy(files, model, dtype, bits, loras)
     if bits and (quantized := [name for name in stored if name.endswith(".scales")]):
         raise UserError(f"{directory} is quantized already ({quantized[0]}); leave out --quantize")
     for name in getattr(model, "ROWS_ON_DISK", ()):
@@ -107,24 +113,25 @@ def load_weights(
     dtype: mx.Dtype,
     *,
     bits: int | None = None,
+    loras: Sequence[Lora] = (),
     stream: bool = False,
     report: Report | None = None,
 ) -> None:
     """Gives a model its weights in `dtype`. A missing, extra or mis-shaped tensor is an error naming it.
 
-    Weights that are stored quantized stay so; `bits` quantizes others. A model may name a list of layers, `LAYERS`:
-    these are streamed, or read one by one with a report. A table that it names in `ROWS_ON_DISK` stays on disk: of it
-    only the rows are read that are looked up.
+    Weights that are stored quantized stay so; `bits` quantizes others, with the LoRAs in them. A model may name a list
+    of layers, `LAYERS`: these are streamed, or read one by one with a report. A table that it names in `ROWS_ON_DISK`
+    stays on disk: of it only the rows are read that are looked up.
     """
     files = weight_files(directory)
 
     def unread() -> dict[str, mx.array]:
-        return joined(_lazy(files, model, dtype, bits), model)
+        return joined(_lazy(files, model, dtype, bits, loras), model)
 
-    stored = _lazy(files, model, dtype, bits)
-    exchange_quantized(model, stored)
-    _check(model, stored, directory)
+    stored = _lazy(files, model, dtype, bits, loras)
     weights = joined(stored, model)
+    exchange_quantized(model, weights)
+    _check(model, stored, directory)
     del stored  # or what was joined would be held twice
     for name in getattr(model, "ROWS_ON_DISK", ()):
         del weights[f"{name}.weight"]
@@ -219,7 +226,9 @@ class RowsOnDisk:
         return mx.array(memoryview(data)).view(stored).reshape(len(ids), self.dim).astype(self.dtype)
 
 
-def _lazy(files: list[Path], model: Any, dtype: mx.Dtype | None, bits: int | None) -> dict[str, mx.array]:
+def _lazy(
+    files: list[Path], model: Any, dtype: mx.Dtype | None, bits: int | None, loras: Sequence[Lora]
+) -> dict[str, mx.array]:
     """Every tensor by the model's name for it, unread; in `dtype` or quantized, or as it is stored."""
     reader, converter = _streams()
     weights: dict[str, mx.array] = {}
@@ -229,7 +238,7 @@ def _lazy(files: list[Path], model: Any, dtype: mx.Dtype | None, bits: int | Non
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
     with mx.stream(converter):
-        weights = model.sanitize(weights)
+        weights = model.sanitize(applied(weights, loras))
         if dtype is None:
             return weights
         if bits:
@@ -258,13 +267,42 @@ def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int
 
 def joined(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
     """Joins the rows of layers that the model has as one, by its `JOINED`: it multiplies with all of them at once."""
-    made = dict(weights)
+    layers: dict[str, dict[str, mx.array]] = {}
+    for name, weight in weights.items():
+        layer, _, kind = name.rpartition(".")
+        layers.setdefault(layer, {})[kind] = weight
     with mx.stream(_streams()[1]):
-        for whole, parts in getattr(model, "JOINED", {}).items():
-            for name in [name for name in weights if name.split(".")[-2:-1] == [parts[0]]]:
-                before, kind = name.split(".")[:-2], name.split(".")[-1]
-                rows = [made.pop(".".join([*before, part, kind])) for part in parts]
-                made[".".join([*before, whole, kind])] = mx.concatenate(rows)
+        for whole, names in getattr(model, "JOINED", {}).items():
+            for place in [name.removesuffix(names[0]) for name in layers if name.rpartition(".")[2] == names[0]]:
+                parts = [layers.get(f"{place}{name}", {}) for name in names]
+                if _are_alike(parts):
+                    layers[f"{place}{whole}"] = _rows_of(parts)
+                    for name in names:
+                        del layers[f"{place}{name}"]
+    return {f"{layer}.{kind}": weight for layer, own in layers.items() for kind, weight in own.items()}
+
+
+def _are_alike(parts: list[dict[str, mx.array]]) -> bool:
+    """Whether layers have the same kinds of weights, in the same form: else something is missing or wrong."""
+    forms = [{kind: (each.shape[1:], each.dtype) for kind, each in part.items() if kind not in SIDE} for part in parts]
+    return all(form == forms[0] for form in forms)
+
+
+def _rows_of(parts: list[dict[str, mx.array]]) -> dict[str, mx.array]:
+    """The weights of layers as those of one, rows after rows. Of LoRAs beside them, each reaches its own rows alone."""
+    made = {kind: mx.concatenate([part[kind] for part in parts]) for kind in parts[0] if kind not in SIDE}
+    down, up = SIDE
+    changed = [number for number, part in enumerate(parts) if down in part]
+    if changed:
+        made[down] = mx.concatenate([parts[number][down] for number in changed])
+        blocks = [
+            [
+                parts[column][up] if row == column else mx.zeros((part["weight"].shape[0], parts[column][up].shape[1]))
+                for column in changed
+            ]
+            for row, part in enumerate(parts)
+        ]
+        made[up] = mx.concatenate([mx.concatenate(row, axis=1) for row in blocks]).astype(made[down].dtype)
     return made
 
 
@@ -283,8 +321,6 @@ def exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
     """Exchanges the model's layers for quantized ones where the weights are; bits and groups are told by shapes."""
 
     def exchanged(path: str, module: nn.Module) -> nn.Module:
-        before, dot, layer = path.rpartition(".")
-        path = before + dot + getattr(model, "JOINED", {}).get(layer, (layer,))[0]
         packed, scales = weights.get(f"{path}.weight"), weights.get(f"{path}.scales")
         if not isinstance(module, nn.Linear) or packed is None or scales is None:
             return module
@@ -294,7 +330,11 @@ def exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
         bits, group_size = 32 * packed.shape[-1] / inputs, inputs / max(1, scales.shape[-1])
         if bits not in BITS or group_size not in GROUP_SIZES:
             raise UserError(f"tensor {path}.weight is quantized to {bits:g} bits in groups of {group_size:g}: unknown")
-        return QuantizedLinear(inputs, outputs, "bias" in module, int(group_size), int(bits))
+        layer = QuantizedLinear(inputs, outputs, "bias" in module, int(group_size), int(bits))
+        for side in SIDE:
+            if f"{path}.{side}" in weights:
+                layer[side] = weights[f"{path}.{side}"]
+        return layer
 
     leaves = tree_map_with_path(exchanged, model.leaf_modules(), is_leaf=nn.Module.is_module)
     model.update_modules(leaves)
@@ -313,7 +353,8 @@ def _streams() -> list[Any]:
 
 
 def _check(model: nn.Module, weights: dict[str, mx.array], directory: Path) -> None:
-    wanted = parted(dict(tree_flatten(model.parameters())), model)
+    own = {name: each for name, each in tree_flatten(model.parameters()) if not name.endswith(SIDE)}
+    wanted, weights = parted(own, model), {name: each for name, each in weights.items() if not name.endswith(SIDE)}
     if missing := sorted(wanted.keys() - weights.keys()):
         raise UserError(f"{directory} lacks the tensors {shown(missing)}; download the model again")
     if extra := sorted(weights.keys() - wanted.keys()):

@@ -9,6 +9,7 @@ import os
 import random
 import secrets
 
+import loras
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -143,6 +144,37 @@ def test_cached_steps_match_the_pipelines_first_block_cache(qwen_stage, tmp_path
     expected, _ = reference.generate(pipeline, noise, **arguments)
     assert_close(store.read_latents(tmp_path / "run/latents", manifest.items[0])[None], expected)
     assert np.abs(expected - exact).max() > 0.01
+
+
+@pytest.mark.parametrize("spelling", loras.SPELLINGS)
+def test_loras_match_peft(qwen_stage, tmp_path, spelling):
+    """Two of them, in each spelling, unmerged there and in the weights here."""
+    print(f"repeat with QWEN_STAGE_TEST_SEED={SEED}")
+    draw = random.Random(SEED)
+    configs = random_models.configs(heads=draw.randint(1, 4), layers=draw.randint(1, 3))
+    checkpoint = random_models.write_checkpoint(tmp_path / "model", configs, reference.shapes(configs), SEED)
+    pipeline = reference.load(checkpoint)
+    scales = {name: draw.uniform(-1, 1) for name in ("one", "two")}
+    for number, name in enumerate(scales):
+        # it takes alphas behind a `transformer.` for something else
+        changes = loras.drawn(checkpoint, SEED + number, alphas=spelling != "diffusers")
+        path = loras.write(tmp_path / f"{name}.safetensors", changes, spelling)
+        pipeline.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name=name)
+    noise = random_models.noise(1, 8, 12, SEED)
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    (tmp_path / "p.txt").write_text("a red circle")
+    assert qwen_stage("encode", "p.txt", f"--model={checkpoint}", "--out=run", "--dtype=float32").code == 0
+    settings = ["--dtype=float32", "--noise=noise.safetensors", "--steps=3", "--cfg=2", "--size=96x64"]
+    arguments = {"prompt": "a red circle", "negative_prompt": " ", "num_inference_steps": 3, "true_cfg_scale": 2.0}
+    pipeline.set_adapters(list(scales), list(scales.values()))
+    expected, _ = reference.generate(pipeline, noise, **arguments)
+    pipeline.disable_lora()
+    without, _ = reference.generate(pipeline, noise, **arguments)
+    options = [f"--lora={name}.safetensors:{scale}" for name, scale in scales.items()]
+    assert qwen_stage("denoise", "--embeddings=run", *settings, *options).code == 0
+    manifest, _ = store.read_manifest(tmp_path / "run/latents", LatentsManifest)
+    assert_close(store.read_latents(tmp_path / "run/latents", manifest.items[0])[None], expected)
+    assert np.abs(expected - without).max() > 0.01
 
 
 def test_our_prompt_embeds_feed_the_pipeline(qwen_stage, tmp_path):

@@ -270,8 +270,14 @@ def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source
 
 def product(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
     """What a layer makes of x [..., in] but for its bias: [..., out]."""
-    weight = unpacked(layer) if isinstance(layer, nn.QuantizedLinear) else layer.weight
-    return x @ weight.T
+    if isinstance(layer, nn.QuantizedLinear):
+        return with_lora(layer, x, x @ unpacked(layer).T)
+    return x @ layer.weight.T
+
+
+def with_lora(layer: nn.QuantizedLinear, x: mx.array, made: mx.array) -> mx.array:
+    """What a quantized layer has made of x, and what the LoRAs beside it add."""
+    return made + (x @ layer["lora_a"].T) @ layer["lora_b"].T if "lora_a" in layer else made
 
 
 def _is_cuda() -> bool:

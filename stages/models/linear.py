@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from stages.models.kernels import product
+from stages.models.kernels import product, with_lora
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -15,7 +15,6 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if mx.metal.is_available():
-            made: mx.array = super().__call__(x)
-            return made
+            return with_lora(self, x, super().__call__(x))
         made = product(self, x)
         return made + self["bias"] if "bias" in self else made

@@ -1,0 +1,64 @@
+"""How a model is called: a checkpoint, and what is put into it.
+
+In manifests and for `--model` that is one word, `CHECKPOINT?lora=PATH:SCALE&vae=PATH`: so whatever names a model, a job
+in a drop folder as well as a picture's recipe, names all of it. People say it with `--lora` and the like.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from artifacts_schema.errors import UserError
+
+LORA = "lora"
+PARTS = (LORA,)
+KEPT = "/:@ "  # characters that stay as they are in a name
+
+
+class ModelName(NamedTuple):
+    checkpoint: str  # a directory, a name on the hub, or "": that of the stage before, or the demo
+    parts: tuple[tuple[str, str], ...] = ()  # what is put into it, in this order
+
+    @classmethod
+    def parse(cls, name: str) -> "ModelName":
+        checkpoint, mark, parts = name.partition("?")
+        if not mark or Path(name).is_dir():
+            return cls(name)
+        pairs = []
+        for part in parts.split("&"):
+            kind, _, value = part.partition("=")
+            if kind not in PARTS or not value:
+                raise UserError(f"model {name!r}: after the ? there may be {', '.join(PARTS)}, as in ?lora=FILE")
+            pairs.append((kind, unquote(value)))
+        return cls(checkpoint, tuple(pairs))
+
+    def __str__(self) -> str:
+        parts = "&".join(f"{kind}={quote(value, safe=KEPT)}" for kind, value in self.parts)
+        return f"{self.checkpoint}?{parts}" if parts else self.checkpoint
+
+    def of(self, kind: str) -> list[str]:
+        return [value for each, value in self.parts if each == kind]
+
+    def for_others(self) -> "ModelName":
+        """As pictures carry it: they travel, this machine's paths do not."""
+
+        def shortened(path: str) -> str:
+            return Path(path).name if Path(path).is_absolute() else path
+
+        return ModelName(shortened(self.checkpoint), tuple((kind, shortened(value)) for kind, value in self.parts))
+
+
+def put_together(model: str | None, loras: Iterable[str]) -> str | None:
+    """What the command line says, as one name; None where it says nothing."""
+    name = ModelName.parse(model or "")
+    parts = (*name.parts, *((LORA, each) for each in loras))
+    return str(name._replace(parts=parts)) or None
+
+
+def following(model: str | None, before: str) -> str:
+    """The name of a stage's model, where the stage before had one called `before`."""
+    name = ModelName.parse(model or "")
+    if name.checkpoint:
+        return str(name)
+    return str(ModelName.parse(before)._replace(parts=name.parts)) if name.parts else before

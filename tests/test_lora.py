@@ -1,0 +1,263 @@
+"""LoRAs: every spelling is the same change, strangers are errors, and quantized models keep them whole."""
+
+import os
+import secrets
+import shutil
+
+import loras
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+
+from artifacts_schema import store
+from artifacts_schema.errors import UserError
+from artifacts_schema.manifests import LatentsManifest
+from orchestrator.inspect import read_recipe
+from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.lora import Lora, changes_in, parse_scale
+from stages.model_name import ModelName, following, put_together
+from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
+from stages.weights import load_weights, parted
+
+SEED = int(os.environ.get("QWEN_STAGE_TEST_SEED") or secrets.randbelow(2**31))
+
+
+@pytest.fixture(autouse=True)
+def say_the_seed():
+    print(f"repeat with QWEN_STAGE_TEST_SEED={SEED}")
+
+
+def loaded(kind, checkpoint, *files, **options):
+    model = kind(Checkpoint("test", checkpoint).config("transformer", TransformerConfig))
+    load_weights(model, checkpoint / "transformer", mx.float32, loras=[Lora(*each) for each in files], **options)
+    return model
+
+
+def parameters(checkpoint, *files):
+    """Of the whole transformer, as the checkpoint calls them."""
+    weights = {}
+    for kind in (QwenImageTransformer2DModel, Modulator):
+        model = loaded(kind, checkpoint, *files)
+        weights |= parted(dict(tree_flatten(model.parameters())), model)
+    return {name: np.array(weight) for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("spelling", loras.SPELLINGS)
+def test_every_spelling_is_the_same_change(small_model, tmp_path, spelling):
+    changes = loras.drawn(small_model, SEED, share=0.7)
+    path = loras.write(tmp_path / "lora.safetensors", changes, spelling)
+    before, after = parameters(small_model), parameters(small_model, (path, -0.7))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        layer = name.removesuffix(".weight")
+        if layer in changes and name != layer:
+            down, up, alpha = changes[layer]
+            weight = weight - 0.7 * (1 if alpha is None else alpha / len(down)) * (up @ down)
+        np.testing.assert_allclose(after[name], weight, rtol=0, atol=2e-6)
+
+
+def test_several_are_added(small_model, tmp_path):
+    files = [
+        loras.write(tmp_path / f"{n}.safetensors", loras.drawn(small_model, SEED + n, share=0.8)) for n in range(2)
+    ]
+    alone, other = (parameters(small_model, (path, 1.0)) for path in files)
+    before, both = parameters(small_model), parameters(small_model, *((path, 1.0) for path in files))
+    for name, weight in both.items():
+        np.testing.assert_allclose(weight, alone[name] + other[name] - before[name], rtol=0, atol=5e-6)
+
+
+def test_the_alpha_of_all_layers_counts(small_model, tmp_path):
+    """As diffusers writes it, into the file's metadata."""
+    changes = loras.drawn(small_model, SEED, alphas=False)
+    plain = loras.write(tmp_path / "plain.safetensors", changes)
+    said = '{"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.lora_bias": false}'
+    save_file(load_file(plain), tmp_path / "said.safetensors", {"format": "pt", "lora_adapter_metadata": said})
+    before, after = parameters(small_model), parameters(small_model, (tmp_path / "said.safetensors", 1.0))
+    for layer, (down, up, _) in changes.items():
+        name = f"{layer}.weight"
+        np.testing.assert_allclose(after[name] - before[name], 8 / len(down) * (up @ down), rtol=0, atol=5e-6)
+
+
+def extra(tensors, _):
+    tensors["transformer.transformer_blocks.99.attn.to_q.lora_A.weight"] = np.ones((1, 1), np.float32)
+
+
+def other_kind(tensors, _):
+    tensors["transformer.proj_out.dora_scale"] = np.ones(1, np.float32)
+
+
+def half(tensors, first):
+    del tensors[f"transformer.{first}.lora_B.weight"]
+
+
+def misshapen(tensors, first):
+    tensors[f"transformer.{first}.lora_A.weight"] = np.ones((2, 3), np.float32)
+
+
+def twice(tensors, first):
+    tensors[f"{first}.lora_down.weight"] = tensors[f"transformer.{first}.lora_A.weight"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (extra, "transformer_blocks.99.attn.to_q.lora_A.weight, for which this model has no place"),
+        (other_kind, "transformer.proj_out.dora_scale, for which this model has no place"),
+        (half, "without the other half"),
+        (misshapen, "does not fit"),
+        (twice, "for which this model has no place"),
+    ],
+)
+def test_what_has_no_place_is_an_error(small_model, tmp_path, spoil, words):
+    changes = loras.drawn(small_model, SEED)
+    tensors = loras.spelled(changes, "diffusers")
+    spoil(tensors, next(iter(changes)))
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=words) as error:
+        changes_in(tmp_path / "lora.safetensors", loras.layers(small_model))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=words):
+        loaded(QwenImageTransformer2DModel, small_model, (tmp_path / "lora.safetensors", 1.0))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 100])
+def test_a_file_of_another_kind_is_an_error(small_model, tmp_path, content):
+    (tmp_path / "lora.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="no whole safetensors file"):
+        changes_in(tmp_path / "lora.safetensors", loras.layers(small_model))
+
+
+def velocity(model, seed):
+    draw = np.random.RandomState(seed)
+    config = model.config
+    latents = mx.array(draw.standard_normal((1, 12, 64)), mx.float32)
+    text = model.text(mx.array(draw.standard_normal((5, config.joint_attention_dim)), mx.float32), [5], 3, 4)
+    parts = [(config.num_layers, 6 * config.dim)] * 2 + [(2 * config.dim,)]
+    modulation = Modulation(*(mx.array(0.1 * draw.standard_normal(shape), mx.float32) for shape in parts))
+    (made,) = model(latents, [text], modulation)
+    return np.array(made)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_models_keep_them_beside(qwen_stage, golden, tmp_path, bits):
+    """What they draw differs from the quantized weights plus the change by no more than rounding; also streamed."""
+    demo = golden("demo").checkpoint
+    assert qwen_stage("models", "convert", demo, "small", f"--quantize={bits}").code == 0
+    small = tmp_path / "small"
+    files = [
+        (loras.write(tmp_path / f"{n}.safetensors", loras.drawn(demo, SEED + n, share=0.6)), 0.8 - n) for n in range(2)
+    ]
+    kept = loaded(QwenImageTransformer2DModel, small, *files)
+    streamed = loaded(QwenImageTransformer2DModel, small, *files, stream=True)
+    unpacked = shutil.copytree(demo, tmp_path / "unpacked")
+    weights = {}
+    for path in sorted((small / "transformer").glob("*.safetensors")):
+        weights |= mx.load(str(path))
+    for name in [name for name in weights if name.endswith(".scales")]:
+        layer = name.removesuffix(".scales")
+        packed, scales, biases = (weights.pop(f"{layer}.{part}") for part in ("weight", "scales", "biases"))
+        unrounded = (each.astype(mx.float32) for each in (scales, biases))
+        weights[f"{layer}.weight"] = mx.dequantize(packed, *unrounded, group_size=64, bits=bits)
+    (file,) = (unpacked / "transformer").glob("*.safetensors")
+    mx.save_safetensors(str(file), weights)
+    expected = velocity(loaded(QwenImageTransformer2DModel, unpacked, *files), SEED)
+    plain = velocity(loaded(QwenImageTransformer2DModel, unpacked), SEED)
+    made = velocity(kept, SEED)
+    assert np.abs(made - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(plain - expected).max() > 0.01 * np.abs(expected).max()
+    assert np.array_equal(velocity(streamed, SEED), made)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_streamed_is_resident(golden, tmp_path, bits):
+    """Where weights are quantized as they are read, the change is in them before."""
+    demo = golden("demo").checkpoint
+    file = (loras.write(tmp_path / "lora.safetensors", loras.drawn(demo, SEED)), 1.0)
+    made = [loaded(QwenImageTransformer2DModel, demo, file, bits=bits, stream=stream) for stream in (False, True)]
+    one, other = (velocity(model, SEED) for model in made)
+    assert np.array_equal(one, other)
+
+
+def pictures(qwen_stage, tmp_path, run, *options):
+    result = qwen_stage("run", "a red circle", f"--out={run}", "--steps=3", "--size=64x64", *options)
+    assert result.code == 0, result.err
+    manifest, _ = store.read_manifest(tmp_path / run / "latents", LatentsManifest)
+    (path,) = result.out
+    return (tmp_path / path).read_bytes(), store.read_latents(tmp_path / run / "latents", manifest.items[0]), result
+
+
+def test_pictures_know_their_loras(qwen_stage, golden, tmp_path):
+    demo = golden("demo").checkpoint
+    loras.write(tmp_path / "a.safetensors", loras.drawn(demo, SEED, share=1.0))
+    _, plain, _ = pictures(qwen_stage, tmp_path, "plain")
+    png, changed, _ = pictures(qwen_stage, tmp_path, "changed", "--lora=a.safetensors:0.5")
+    _, none, _ = pictures(qwen_stage, tmp_path, "none", "--lora=a.safetensors:0")
+    assert np.abs(plain - changed).max() > 0.01
+    assert np.array_equal(plain, none)
+    (path,) = (tmp_path / "changed/images").glob("*.png")
+    assert read_recipe(path).model == "demo?lora=a.safetensors:0.5"
+    # into the same run go no latents of another model
+    result = qwen_stage("denoise", "--embeddings=changed", "--model=demo", "--seed=3", "--steps=3", "--size=64x64")
+    assert result.code == 2
+    assert "another transformer" in result.err
+    # what follows in that run has it too; and the recipe makes the same picture again
+    assert qwen_stage("denoise", "--embeddings=changed", "--seed=7", "--steps=3", "--size=64x64").code == 0
+    again = qwen_stage("run", f"--like={path}", "--out=again")
+    assert again.code == 0
+    assert (tmp_path / again.out[0]).read_bytes() == png
+
+
+def test_a_table_of_modulations_is_made_anew_only_where_it_changes(qwen_stage, golden, tmp_path, own_cache):
+    demo = golden("demo").checkpoint
+    changes = loras.drawn(demo, SEED, share=1.0)
+    attention = {layer: change for layer, change in changes.items() if ".attn." in layer}
+    modulation = {layer: change for layer, change in changes.items() if ".img_mod." in layer}
+    loras.write(tmp_path / "attention.safetensors", attention)
+    loras.write(tmp_path / "modulation.safetensors", modulation)
+
+    def tables(*options):
+        pictures(qwen_stage, tmp_path, f"run{len(options)}{options[-1:]}".translate({47: None}), *options)
+        return len(list(own_cache.glob("modulations/**/*.safetensors")))
+
+    assert tables() == 1
+    assert tables("--lora=attention.safetensors") == 1
+    assert tables("--lora=modulation.safetensors") == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("nowhere.safetensors", "no such file"),
+        ("nowhere.safetensors:0.5", "no such file"),
+        ("a.safetensors:nan", "no strength"),
+        ("owner/name", "no such file"),
+    ],
+)
+def test_an_unusable_lora_is_refused_before_anything_is_done(qwen_stage, tmp_path, said, words):
+    (tmp_path / "a.safetensors").touch()
+    (tmp_path / "p.txt").write_text("a red circle")
+    result = qwen_stage("encode", "p.txt", f"--lora={said}", "--out=run")
+    assert result.code == 2
+    assert words in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_hold_all_that_a_model_is():
+    assert put_together(None, []) is None
+    assert put_together("demo", []) == "demo"
+    name = put_together("/models/a b", ["x&y?.safetensors:0.5", "owner/name/50%.safetensors@main"])
+    assert ModelName.parse(name) == ModelName(
+        "/models/a b", (("lora", "x&y?.safetensors:0.5"), ("lora", "owner/name/50%.safetensors@main"))
+    )
+    assert str(ModelName.parse(name)) == name
+    assert following(None, "demo?lora=a") == "demo?lora=a"
+    assert following("?lora=b", "demo?lora=a") == "demo?lora=b"
+    assert following("other", "demo?lora=a") == "other"
+    assert str(ModelName("/models/x", (("lora", "/y/z.safetensors:1.0"),)).for_others()) == "x?lora=z.safetensors:1.0"
+    with pytest.raises(UserError, match="after the"):
+        open_checkpoint("demo?what=this")
+    assert parse_scale("a:b.safetensors") == ("a:b.safetensors", 1.0)
+    assert parse_scale("a.safetensors:-1e-1") == ("a.safetensors", -0.1)
