@@ -157,7 +157,7 @@ class Demo:
 
     def __init__(self, pictures: int, shuffle: int = 0) -> None:
         self.shuffle = shuffle
-        self.checkpoint = open_checkpoint(None)
+        self.checkpoint = open_checkpoint("demo")
         self.config = self.checkpoint.config("transformer", TransformerConfig)
         self.schedule = self.checkpoint.config("scheduler", SchedulerConfig, "scheduler_config.json")
         defaults = self.checkpoint.defaults

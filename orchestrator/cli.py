@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(args, "lora", None):
             from stages.model_name import put_together
 
-            args.model = put_together(args.model, args.lora)
+            where = "name" if hasattr(args, "name") else "model"
+            setattr(args, where, put_together(getattr(args, where), args.lora))
         code: int = args.command(args)
         print(end="", flush=True)
         return code
@@ -453,10 +454,21 @@ def _models_show(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _models_use(args: argparse.Namespace) -> int:
+    from stages.checkpoint import open_checkpoint
+    from stages.model_name import choose, default
+
+    if args.name is not None:
+        choose(open_checkpoint(args.name).name)
+    print(default())
+    return EXIT_DONE
+
+
 def _models_pull(args: argparse.Namespace) -> int:
     from stages import hub
+    from stages.model_name import ALIASES
 
-    repository = hub.repository(args.name)
+    repository = hub.repository(ALIASES.get(args.name, args.name))
     if repository is None:
         raise UserError(f"{args.name!r} is no name on the hub; those are OWNER/NAME, or OWNER/NAME@REVISION")
     stages = tuple(args.stage or hub.COMPONENTS)
@@ -563,9 +575,9 @@ def _read_prompts(path: Path, format: str | None) -> tuple[bytes, str, str]:
 
 def _announce(model: str | None, notice: Callable[[str], None]) -> None:
     from stages.checkpoint import REAL_MODEL_HINT
-    from stages.model_name import ModelName
+    from stages.model_name import DEMO, ModelName, default
 
-    if model is None or not ModelName.parse(model).checkpoint:
+    if not ModelName.parse(model or "").checkpoint and default() == DEMO:
         notice(f"using the built-in demo model, which knows only flat-coloured shapes; {REAL_MODEL_HINT}")
 
 
@@ -653,10 +665,14 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         type=_text,
         metavar="M",
-        help=f"{model_help}; default: that of the stage before, or the built-in demo",
+        help=f"{model_help}; default: that of the stage before, or of `models use`, or the built-in demo",
     )
     lora_help = "a LoRA to put into the model, and how strong: a file, or OWNER/NAME/FILE on the hub; may be repeated"
-    add("--lora", type=_text, action="append", default=[], metavar="FILE[:SCALE]", help=lora_help)
+
+    def add_lora(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--lora", type=_text, action="append", metavar="FILE[:SCALE]", help=lora_help)
+
+    add_lora(common)
     memory_help = "what a stage may use, as in 16GB: it keeps to that or refuses; default: what is free"
     add("--memory", type=_bytes, metavar="SIZE", help=memory_help)
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -828,8 +844,12 @@ def _parser() -> argparse.ArgumentParser:
     list_help = "the demo, and what is in the Hugging Face cache"
     actions.add_parser("list", help=list_help).set_defaults(command=_models_list, debug=False)
     show = actions.add_parser("show", help="what a checkpoint's parts are, and whether they are here")
-    show.add_argument("name", type=_text, nargs="?", metavar="NAME", help=f"{model_help}; default: the built-in demo")
+    show.add_argument("name", type=_text, nargs="?", metavar="NAME", help=f"{model_help}; default: that in use")
     show.set_defaults(command=_models_show, debug=False)
+    use = actions.add_parser("use", help="the model of all who name none from now on; without NAME, which it is")
+    use.add_argument("name", type=_text, nargs="?", metavar="NAME", help=f"{model_help}; demo for the built-in one")
+    add_lora(use)
+    use.set_defaults(command=_models_use, debug=False)
     pull = actions.add_parser("pull", help="download a checkpoint from the Hugging Face hub, or what is missing of it")
     pull.add_argument("name", type=_text, metavar="NAME", help="as in Qwen/Qwen-Image-2512, or NAME@REVISION")
     stages_help = "only what these stages need; default: all"

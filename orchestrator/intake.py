@@ -17,10 +17,10 @@ from artifacts_schema.manifests import DecodeDtype, Dtype, Precision, Recipe, Se
 from artifacts_schema.prompts import Entry, Prompt, parse_changes, parse_prompts, resolve
 from orchestrator.inbox import Claim
 from orchestrator.inspect import read_recipe
-from stages.checkpoint import DEMO, Checkpoint, default_dtype, open_checkpoint
+from stages.checkpoint import Checkpoint, default_dtype, open_checkpoint
 from stages.decode import DEFAULT_DTYPE
 from stages.encode import DEFAULT_NEGATIVE_PROMPT
-from stages.model_name import following
+from stages.model_name import default, following
 
 MAX_DROP_BYTES = 4 << 20  # of prompts; they are held in memory
 MAX_PROMPTS = 10_000
@@ -82,7 +82,7 @@ class Intake(NamedTuple):
             run=_run_name(claim.name, lambda name: False),
             source=_text(claim.name),
             sha256=UNKNOWN,
-            model=self.model or DEMO,
+            model=following(self.model, default()),
             embeddings_dtype=self._embeddings_dtype(None),
             dtype=changed(default_dtype(), self.dtype, self.bits),
             decode_dtype=self._decode_dtype(None),

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from artifacts_schema.errors import UserError
 from stages import hub
-from stages.checkpoint import COMPONENTS, DEMO, Checkpoint, open_checkpoint, weight_files
+from stages.checkpoint import COMPONENTS, Checkpoint, open_checkpoint, weight_files
 from stages.measure import gigabytes
+from stages.model_name import DEMO, default
 from stages.tensors import tensors_of
 
+CHOSEN = "; used where none is named"
 PIPELINE = "QwenImage"  # what the classes begin with that model_index.json may name
 
 
@@ -19,7 +21,8 @@ def listed() -> Iterator[str]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    yield f"{DEMO}: {_stages(open_checkpoint(None))}"
+    chosen = default()
+    yield f"{DEMO}: {_stages(open_checkpoint(DEMO))}{CHOSEN if chosen == DEMO else ''}"
     try:
         repositories = sorted(scan_cache_dir().repos, key=lambda each: each.repo_id)
     except CacheNotFound:
@@ -30,7 +33,8 @@ def listed() -> Iterator[str]:
                 named = "main" in revision.refs
                 name = repository.repo_id if named else f"{repository.repo_id}@{revision.commit_hash}"
                 size = gigabytes(revision.size_on_disk)
-                yield f"{name}: {_stages(Checkpoint(name, revision.snapshot_path))}, {size}"
+                stages = _stages(Checkpoint(name, revision.snapshot_path))
+                yield f"{name}: {stages}, {size}{CHOSEN if chosen == name else ''}"
 
 
 def shown(model: str | None) -> Iterator[str]:

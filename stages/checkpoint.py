@@ -20,10 +20,9 @@ from artifacts_schema.prompts import check_settings, parse_size
 from stages import hub
 from stages.lora import Lora, parse_scale
 from stages.measure import Notice, Report
-from stages.model_name import LORA, ModelName
+from stages.model_name import ALIASES, DEMO, LORA, ModelName, default, following
 from stages.tensors import WEIGHTS_SUFFIX, shown, tensors_in
 
-DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "tiny"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -175,20 +174,20 @@ class Fetching(NamedTuple):
 
 
 def open_checkpoint(model: str | None, fetching: Fetching | None = None) -> Checkpoint:
-    """A directory, a model on the hub, or the built-in demo when no model is named.
+    """A directory, a model on the hub, or the built-in demo; when no model is named, that of `models use`.
 
     What `fetching` names is downloaded if the Hugging Face cache lacks it; without it, what is there must do.
     """
-    if model is None or model == DEMO:
-        return Checkpoint(DEMO, DEMO_DIRECTORY)
-    said = ModelName.parse(model)
+    said = ModelName.parse(model or "")
+    if not said.checkpoint:
+        said = ModelName.parse(following(model, default()))
     loras = tuple(_lora(each, fetching) for each in said.of(LORA))
     parts = tuple((LORA, f"{file}:{scale!r}") for file, scale in loras)
-    if said.checkpoint in ("", DEMO):
-        return Checkpoint(str(ModelName(DEMO, parts)), DEMO_DIRECTORY, loras)
     model = said.checkpoint
+    if model == DEMO:
+        return Checkpoint(str(ModelName(DEMO, parts)), DEMO_DIRECTORY, loras)
     path = Path(model)  # the shell has expanded ~
-    name = model
+    model = name = model if path.is_dir() else ALIASES.get(model, model)
     if path.is_dir():
         directory = path.resolve()
         name = str(directory)

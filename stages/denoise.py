@@ -1,6 +1,7 @@
 """prompt_embeds -> latents: the second stage. Guidance, seeds, batching, and the Euler loop."""
 
 import io
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 CODE_VERSION = 1  # raised whenever the same inputs would give other latents
 # image tokens of a pass up to which it is faster to have the negative prompts in it, by a tenth at 512x512, on CUDA
 TOGETHER_TOKENS = 2304
+LIGHTNING = re.compile(r"lightning.*?\b([48])[-_ ]?steps?\b", re.IGNORECASE)  # in the names of such checkpoints' files
 CHECKPOINT_SHARE = 0.01  # of the time may go into saving what a kill would lose
 FIRST_SAVE_SECONDS = 0.02  # what a save takes, until one was measured: the first comes after two seconds
 
@@ -135,6 +137,8 @@ def denoise(
 
     if any(not job.settings.guided and job.item.negative_prompt.strip() for job in jobs):
         notice("negative prompts are not used where cfg is 1 or less")
+    if hint := _lightning_hint(checkpoint.name, jobs):
+        notice(hint)
 
     with store.writing((out or store.run_of(source)) / LatentsManifest.kind) as directory:
         before = store.read_manifest_if_any(directory, LatentsManifest)
@@ -458,6 +462,16 @@ def _states(
     attended = (height // 2) * (width // 2) + longest
     cached = settings.cache_steps > 0
     return memory.image_states(config, at_work, sum(passes), attended, settings.steps, dtype, cached)
+
+
+def _lightning_hint(model: str, jobs: list[Job]) -> str | None:
+    """What to do, where a checkpoint or a LoRA is by its name made for few steps, and more are to be taken."""
+    if not (found := LIGHTNING.search(model)):
+        return None
+    steps = int(found[1])
+    if all(job.settings.steps == steps and not job.settings.guided for job in jobs):
+        return None
+    return f"{found.string.rpartition('/')[2]} is made for {steps} steps without guidance: --preset lightning-{steps}"
 
 
 def _guides_together(jobs: list[Job]) -> bool:

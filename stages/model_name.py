@@ -4,20 +4,25 @@ In manifests and for `--model` that is one word, `CHECKPOINT?lora=PATH:SCALE&vae
 in a drop folder as well as a picture's recipe, names all of it. People say it with `--lora` and the like.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
+from artifacts_schema import disk
 from artifacts_schema.errors import UserError
 
+DEMO = "demo"
+ALIASES = {"qwen-image": "Qwen/Qwen-Image", "qwen-image-2512": "Qwen/Qwen-Image-2512"}
 LORA = "lora"
 PARTS = (LORA,)
+CHOSEN = "model"  # the file that names it
 KEPT = "/:@ "  # characters that stay as they are in a name
 
 
 class ModelName(NamedTuple):
-    checkpoint: str  # a directory, a name on the hub, or "": that of the stage before, or the demo
+    checkpoint: str  # a directory, a name on the hub, or "": that of the stage before, or that of `models use`
     parts: tuple[tuple[str, str], ...] = ()  # what is put into it, in this order
 
     @classmethod
@@ -54,6 +59,31 @@ def put_together(model: str | None, loras: Iterable[str]) -> str | None:
     name = ModelName.parse(model or "")
     parts = (*name.parts, *((LORA, each) for each in loras))
     return str(name._replace(parts=parts)) or None
+
+
+def default() -> str:
+    """What `models use` chose, or the demo."""
+    try:
+        return (_settings() / CHOSEN).read_text("utf-8").strip() or DEMO
+    except FileNotFoundError:
+        return DEMO
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_settings() / CHOSEN} cannot be read ({error}); choose with `models use NAME`") from None
+
+
+def choose(name: str) -> None:
+    """Makes this the model of all who name none."""
+    disk.make_directory(_settings())
+    disk.publish(_settings(), CHOSEN, name.encode())
+
+
+def _settings() -> Path:
+    """`$QWEN_STAGE_CONFIG`, else the platform's directory of settings."""
+    if own := os.environ.get("QWEN_STAGE_CONFIG"):
+        return Path(own)
+    from platformdirs import user_config_path
+
+    return user_config_path("qwen-stage", appauthor=False)
 
 
 def following(model: str | None, before: str) -> str:

@@ -65,6 +65,7 @@ def fresh_cache(tmp_path_factory, monkeypatch) -> Callable[[], Path]:
     def begin() -> Path:
         directory = tmp_path_factory.mktemp("cache")
         monkeypatch.setenv("QWEN_STAGE_CACHE", str(directory))
+        monkeypatch.setenv("QWEN_STAGE_CONFIG", str(tmp_path_factory.mktemp("config") / "new"))
         return directory
 
     return begin

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import loras
 import pytest
 from hub_server import COMMIT, Hub
 
@@ -109,6 +110,25 @@ def test_stages_fetch_what_they_need_and_then_no_more(client, served, tmp_path):
         assert (code, "downloading" in err) == (0, False), err
     assert (tmp_path / lines[0]).read_bytes() == picture
     assert served.asked == []
+
+
+def test_a_lora(client, served, tmp_path, small_model):
+    loras.write(served.directory / "few-steps.safetensors", loras.drawn(small_model, 1))
+    (tmp_path / "p.txt").write_text("a\n")
+    assert client("encode", "p.txt", "--out=run", f"--model={NAME}", f"--lora={NAME}/few-steps.safetensors")[0] == 0
+    assert not [path for _, path in served.asked if "few-steps" in path]  # encode needs none
+    code, _, err = client("denoise", "--embeddings=run", "--size=32x32", "--steps=1")
+    assert code == 0, err
+    assert f"downloading 0 MB: {NAME}/few-steps.safetensors, into" in err
+    served.asked.clear()
+    again = ["denoise", "--embeddings=run", "--size=32x32", "--steps=2"]
+    code, _, err = client(*again, HF_HUB_OFFLINE="1")
+    assert (code, served.asked) == (0, []), err
+    for file, words in ("none.safetensors", "has no none.safetensors on the hub; it has"), ("x.safetensors@v2", "v2"):
+        code, _, err = client(*again, f"--lora={NAME}/{file}")
+        assert (code, words in one_line(err)) == (2, True), err
+    code, _, err = client(*again, f"--lora={NAME}/other.safetensors", HF_HUB_OFFLINE="1")
+    assert (code, "HF_HUB_OFFLINE forbids" in one_line(err)) == (2, True), err
 
 
 def test_a_revision(client, served):

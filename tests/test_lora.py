@@ -15,9 +15,8 @@ from artifacts_schema import store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import LatentsManifest
 from orchestrator.inspect import read_recipe
-from stages.checkpoint import Checkpoint, open_checkpoint
-from stages.lora import Lora, changes_in, parse_scale
-from stages.model_name import ModelName, following, put_together
+from stages.checkpoint import Checkpoint
+from stages.lora import Lora, changes_in
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.weights import load_weights, parted
 
@@ -209,6 +208,18 @@ def test_pictures_know_their_loras(qwen_stage, golden, tmp_path):
     assert (tmp_path / again.out[0]).read_bytes() == png
 
 
+@pytest.mark.parametrize("steps", [4, 8])
+def test_lightning_is_known_by_its_name(qwen_stage, golden, tmp_path, steps):
+    name = f"Qwen-Image-2512-Lightning-{steps}steps-V1.0-bf16.safetensors"
+    loras.write(tmp_path / name, loras.drawn(golden("demo").checkpoint, SEED), "lightx2v")
+    (tmp_path / "p.txt").write_text("a red circle")
+    assert qwen_stage("encode", "p.txt", "--out=run").code == 0
+    for options, told in (["--steps=3"], True), ([f"--preset=lightning-{steps}"], False), ([f"--steps={steps}"], True):
+        result = qwen_stage("denoise", "--embeddings=run", "--size=32x32", f"--lora={name}", *options)
+        assert result.code == 0, result.err
+        assert (f"is made for {steps} steps without guidance: --preset lightning-{steps}" in result.err) == told
+
+
 def test_a_table_of_modulations_is_made_anew_only_where_it_changes(qwen_stage, golden, tmp_path, own_cache):
     demo = golden("demo").checkpoint
     changes = loras.drawn(demo, SEED, share=1.0)
@@ -243,21 +254,3 @@ def test_an_unusable_lora_is_refused_before_anything_is_done(qwen_stage, tmp_pat
     assert words in result.err
     assert result.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_names_hold_all_that_a_model_is():
-    assert put_together(None, []) is None
-    assert put_together("demo", []) == "demo"
-    name = put_together("/models/a b", ["x&y?.safetensors:0.5", "owner/name/50%.safetensors@main"])
-    assert ModelName.parse(name) == ModelName(
-        "/models/a b", (("lora", "x&y?.safetensors:0.5"), ("lora", "owner/name/50%.safetensors@main"))
-    )
-    assert str(ModelName.parse(name)) == name
-    assert following(None, "demo?lora=a") == "demo?lora=a"
-    assert following("?lora=b", "demo?lora=a") == "demo?lora=b"
-    assert following("other", "demo?lora=a") == "other"
-    assert str(ModelName("/models/x", (("lora", "/y/z.safetensors:1.0"),)).for_others()) == "x?lora=z.safetensors:1.0"
-    with pytest.raises(UserError, match="after the"):
-        open_checkpoint("demo?what=this")
-    assert parse_scale("a:b.safetensors") == ("a:b.safetensors", 1.0)
-    assert parse_scale("a.safetensors:-1e-1") == ("a.safetensors", -0.1)
