@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from artifacts_schema.manifests import Settings
 
 MOST_MORE_SEEDS = 10_000
+PARTS = ("transformer", "text_encoder", "vae", "lora")  # what may be put into a model
 # of Qwen-Image-Lightning's authors
 PRESETS: dict[str, dict[str, float]] = {
     "lightning-4": {"steps": 4, "cfg": 1.0, "shift": 3.0},
@@ -39,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
             setattr(args, name, value)
     _SIGNALS.install()
     try:
-        if getattr(args, "lora", None):
+        if parts := [(kind, value) for kind in PARTS for value in getattr(args, kind, None) or ()]:
             from stages.model_name import put_together
 
             where = "name" if hasattr(args, "name") else "model"
-            setattr(args, where, put_together(getattr(args, where), args.lora))
+            setattr(args, where, put_together(getattr(args, where), parts))
         code: int = args.command(args)
         print(end="", flush=True)
         return code
@@ -471,8 +472,8 @@ def _models_pull(args: argparse.Namespace) -> int:
     repository = hub.repository(ALIASES.get(args.name, args.name))
     if repository is None:
         raise UserError(f"{args.name!r} is no name on the hub; those are OWNER/NAME, or OWNER/NAME@REVISION")
-    stages = tuple(args.stage or hub.COMPONENTS)
-    print(hub.fetch(repository, stages, args.voice.report, args.voice.notice))
+    components = hub.needed(args.stage or hub.COMPONENTS)
+    print(hub.fetch(repository, components, args.voice.report, args.voice.notice))
     return EXIT_DONE
 
 
@@ -669,10 +670,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     lora_help = "a LoRA to put into the model, and how strong: a file, or OWNER/NAME/FILE on the hub; may be repeated"
 
-    def add_lora(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--lora", type=_text, action="append", metavar="FILE[:SCALE]", help=lora_help)
+    other_help = "another {} than the model's: a safetensors file, of ComfyUI too, or a directory of them"
 
-    add_lora(common)
+    def add_parts(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--lora", type=_text, action="append", metavar="FILE[:SCALE]", help=lora_help)
+        for kind in PARTS[:-1]:
+            option, what = f"--{kind.replace('_', '-')}", "VAE" if kind == "vae" else kind.replace("_", " ")
+            parser.add_argument(option, type=_text, nargs=1, metavar="PATH", help=other_help.format(what))
+
+    add_parts(common)
     memory_help = "what a stage may use, as in 16GB: it keeps to that or refuses; default: what is free"
     add("--memory", type=_bytes, metavar="SIZE", help=memory_help)
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -848,7 +854,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_models_show, debug=False)
     use = actions.add_parser("use", help="the model of all who name none from now on; without NAME, which it is")
     use.add_argument("name", type=_text, nargs="?", metavar="NAME", help=f"{model_help}; demo for the built-in one")
-    add_lora(use)
+    add_parts(use)
     use.set_defaults(command=_models_use, debug=False)
     pull = actions.add_parser("pull", help="download a checkpoint from the Hugging Face hub, or what is missing of it")
     pull.add_argument("name", type=_text, metavar="NAME", help="as in Qwen/Qwen-Image-2512, or NAME@REVISION")

@@ -17,11 +17,11 @@ from artifacts_schema import keys, manifests
 from artifacts_schema.errors import Unavailable, UserError
 from artifacts_schema.manifests import Settings
 from artifacts_schema.prompts import check_settings, parse_size
-from stages import hub
+from stages import hub, layouts
 from stages.lora import Lora, parse_scale
 from stages.measure import Notice, Report
 from stages.model_name import ALIASES, DEMO, LORA, ModelName, default, following
-from stages.tensors import WEIGHTS_SUFFIX, shown, tensors_in
+from stages.tensors import WEIGHTS_SUFFIX, shown, tensors_in, tensors_of
 
 DEMO_DIRECTORY = Path(__file__).parent / "tiny"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -57,9 +57,13 @@ class Checkpoint:
     name: str  # as manifests record it and --model takes it: the demo's name, a hub id, or an absolute path
     directory: Path
     lora_files: tuple[tuple[str, float], ...] = ()  # as the name has them, and how strong each is
+    others: dict[str, Path] = field(default_factory=dict, compare=False)  # components from elsewhere, as the name says
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # reading takes a moment
 
     def component(self, name: str) -> Path:
+        """Its directory, or its single file."""
+        if name in self.others:
+            return self.others[name]
         path = self.directory / name
         if not path.is_dir():
             checkpoint = ModelName.parse(self.name).checkpoint
@@ -70,34 +74,55 @@ class Checkpoint:
 
     def has(self, component: str) -> bool:
         """Whether a component is here, not just the beginning of a download."""
-        directory = self.directory / component
+        place = self.others.get(component, self.directory / component)
         if component in hub.WITHOUT_WEIGHTS:
-            return directory.is_dir()
+            return place.is_dir()
         try:
-            return all(path.exists() for path in _named_files(directory)[0])
+            return all(path.exists() for path in _named_files(place)[0])
         except (UserError, OSError):
             return False
 
     def config(self, component: str, kind: type[T], file: str = "config.json") -> T:
         """A component's config as the dataclass its model wants; unknown fields are the checkpoint's own business."""
-        path = self.component(component) / file
-        fields = read_json(path)
+        path, fields = self.fields(component, file)
         try:
             spellings = getattr(kind, "fields_of", dict)  # a model that knows several spellings brings them to one
             return msgspec.convert(spellings(fields), type=kind)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # msgspec's are ValueErrors
             raise UserError(f"{path}: {error}") from None
 
+    def fields(self, component: str, file: str = "config.json") -> tuple[Path, dict[str, Any]]:
+        """What a component's config says, and where: of layouts that have none, what their tensors say."""
+        weights = "transformer" if component == "scheduler" else component
+        lacks_scheduler = component == "scheduler" and not self.has(component)
+        path = self.component(weights if lacks_scheduler else component)
+        if path.is_file() or lacks_scheduler or not (path / file).exists():
+            shapes = {name: tensor.shape for name, tensor in tensors_of(weight_files(path)).items()}
+            names = layouts.renamed(shapes)
+            if path.is_file() or layouts.layout_of(shapes) != layouts.DIFFUSERS:
+                try:
+                    return path, layouts.config_of(component, {names[name]: shapes[name] for name in names})
+                except (KeyError, ValueError) as error:
+                    raise UserError(f"{path} is no {component} of Qwen-Image: it lacks {error}") from None
+        if lacks_scheduler:
+            self.component(component)
+        return path / file, read_json(path / file)
+
     def fingerprint(self, component: str) -> str:
+        if component == "scheduler" and not self.has(component):
+            return keys.sha256(msgspec.json.encode(self.fields(component)[1], order="deterministic"))
         if component not in self._fingerprints:
             suffixes = (".json", ".txt") if component == "tokenizer" else (".json", WEIGHTS_SUFFIX)
-            files = [path for path in self.component(component).iterdir() if path.suffix in suffixes]
+            place = self.component(component)
+            files = [place] if place.is_file() else [path for path in place.iterdir() if path.suffix in suffixes]
             own = keys.fingerprint([path for path in files if path.is_file()])
             self._fingerprints[component] = with_loras(own, self.loras(component))
         return self._fingerprints[component]
 
     def without_loras(self) -> "Checkpoint":
-        return Checkpoint(str(ModelName.parse(self.name)._replace(parts=())), self.directory)
+        name = ModelName.parse(self.name)
+        parts = tuple(part for part in name.parts if part[0] != LORA)
+        return Checkpoint(str(name._replace(parts=parts)), self.directory, others=self.others)
 
     def loras(self, component: str) -> list[Lora]:
         """What is put into a component's weights, in this order."""
@@ -113,7 +138,7 @@ class Checkpoint:
     @cached_property
     def vae_scale_factor(self) -> int:
         """Pixels per latent, from the VAE's config alone; 8, as in every Qwen-Image, where that is not here."""
-        if not (self.directory / "vae" / "config.json").exists():
+        if not (self.others.get("vae", self.directory / "vae") / "config.json").exists():
             return 8
         return 2 ** len(self.config("vae", Shape).temperal_downsample)
 
@@ -182,22 +207,26 @@ def open_checkpoint(model: str | None, fetching: Fetching | None = None) -> Chec
     if not said.checkpoint:
         said = ModelName.parse(following(model, default()))
     loras = tuple(_lora(each, fetching) for each in said.of(LORA))
-    parts = tuple((LORA, f"{file}:{scale!r}") for file, scale in loras)
+    others = {kind: _component(kind, place) for kind, place in said.parts if kind != LORA}
+    parts = (
+        *((kind, str(place)) for kind, place in others.items()),
+        *((LORA, f"{file}:{scale!r}") for file, scale in loras),
+    )
     model = said.checkpoint
     if model == DEMO:
-        return Checkpoint(str(ModelName(DEMO, parts)), DEMO_DIRECTORY, loras)
+        return Checkpoint(str(ModelName(DEMO, parts)), DEMO_DIRECTORY, loras, others)
     path = Path(model)  # the shell has expanded ~
     model = name = model if path.is_dir() else ALIASES.get(model, model)
     if path.is_dir():
         directory = path.resolve()
         name = str(directory)
     elif repository := hub.repository(model):
-        directory = _on_hub(repository, fetching)
+        directory = _on_hub(repository, fetching, frozenset(others))
     else:
         raise Unavailable(f"unknown model {model!r}: no such directory; give the directory of a Qwen-Image checkpoint")
     if not (directory / "model_index.json").exists() and not any((directory / name).is_dir() for name in COMPONENTS):
         raise Unavailable(f"{directory} is not a Qwen-Image checkpoint: it has no model_index.json and no transformer/")
-    return Checkpoint(str(ModelName(name, parts)), directory, loras)
+    return Checkpoint(str(ModelName(name, parts)), directory, loras, others)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,7 +241,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _on_hub(repository: hub.Repository, fetching: Fetching | None) -> Path:
+def _on_hub(repository: hub.Repository, fetching: Fetching | None, without: frozenset[str]) -> Path:
+    """Where the cache has it. Components `without` which it will do are not fetched."""
     directory = hub.cached(repository)
     if fetching is None:
         if directory is None:
@@ -224,13 +254,36 @@ def _on_hub(repository: hub.Repository, fetching: Fetching | None) -> Path:
 
     def is_here(stage: str) -> bool:
         parts = Checkpoint(str(repository), directory) if directory else None
-        has_parts = parts is not None and all(parts.has(component) for component in hub.COMPONENTS[stage])
-        return has_parts and hub.has_files(repository, stage)
+        needed = hub.needed((stage,), without)
+        has_parts = parts is not None and all(
+            parts.has(component) or (component == "scheduler" and _is_foreign(parts)) for component in needed
+        )
+        return has_parts and hub.has_files(repository, needed)
 
     missing = tuple(stage for stage in fetching.stages if not is_here(stage))
     if directory is None or missing:
-        return hub.fetch(repository, missing, fetching.report, fetching.notice)
+        return hub.fetch(repository, hub.needed(missing, without), fetching.report, fetching.notice)
     return directory
+
+
+def _is_foreign(checkpoint: Checkpoint) -> bool:
+    """Whether its transformer is in another program's layout: those have no scheduler/."""
+    try:
+        tensors = tensors_of(weight_files(checkpoint.component("transformer")))
+    except (UserError, Unavailable):
+        return False
+    return layouts.layout_of(tensors) != layouts.DIFFUSERS
+
+
+def _component(kind: str, said: str) -> Path:
+    """Where a component from elsewhere is."""
+    path = Path(said)  # the shell has expanded ~
+    if path.is_file() or (path.is_dir() and any(path.glob(f"*{WEIGHTS_SUFFIX}"))):
+        return path.resolve()
+    what = f"holds no {WEIGHTS_SUFFIX} file" if path.is_dir() else "is not there"
+    raise Unavailable(
+        f"--{kind.replace('_', '-')} {said}: {what}; give a {WEIGHTS_SUFFIX} file, or a directory of them"
+    )
 
 
 def _lora(said: str, fetching: Fetching | None) -> tuple[str, float]:
@@ -257,7 +310,9 @@ def _lora_path(file: str) -> Path:
 
 
 def _named_files(directory: Path) -> tuple[set[Path], dict[str, str]]:
-    """The shards that an index names, and which tensor it says is where; or the single weight file."""
+    """The shards that an index names, and which tensor it says is where; or the single weight file, or that file."""
+    if directory.is_file():
+        return {directory}, {}
     indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) == 1:
         try:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from artifacts_schema import disk
 from artifacts_schema.errors import UserError
+from stages import layouts
 from stages.checkpoint import (
     COMPONENTS,
     INDEX_SUFFIX,
     Checkpoint,
     open_checkpoint,
-    read_json,
     weight_files,
 )
 from stages.lora import applied
@@ -30,6 +30,7 @@ from stages.tensors import NUMBERS, WEIGHTS_SUFFIX, Tensor, tensors_of
 LAYER = re.compile(r"(?:^|\.)(?:layers|transformer_blocks)\.(\d+)\.")
 METADATA = "qwen-stage"
 NUMBER_BYTES = 4  # of a scale or a bias, at most; for the estimate of the disk that is needed
+SCHEDULER_CONFIG = "scheduler_config.json"
 RECORD = "converted.json"  # what is written where, in a checkpoint that was converted
 PART_BYTES = 512 << 20  # of what is in no layer: so much goes into one file
 MAX_HEADER_BYTES = 100 << 20
@@ -70,13 +71,13 @@ def convert(
     wanted = {"transformer": bits} | ({} if text_bits is None else {"text_encoder": text_bits})
     record = _record(source, wanted)
     _refuse_strangers(target, record)
-    read_json(source.component("transformer") / "config.json")
+    _, schedule = source.fields("scheduler", SCHEDULER_CONFIG)
     components = [
         Component(source, Quantization(name, each, GROUP_SIZE, source.fingerprint(name)), target / name)
         for name, each in wanted.items()
     ]
     disk.make_directory(target)
-    others = _others(source.directory, set(wanted))
+    others = _others(source, set(wanted))
     needed = sum(component.missing_bytes() for component in components)
     needed += sum(path.stat().st_size for path in others if path.stat().st_dev != target.stat().st_dev)
     if needed > (free := shutil.disk_usage(target).free):
@@ -87,11 +88,14 @@ def convert(
                 disk.sweep(directory)
             if not (target / RECORD).exists():
                 disk.publish(target, RECORD, record)
-            for number, path in enumerate(others, 1):
-                place = target / path.relative_to(source.directory)
+            for number, (path, name) in enumerate(others.items(), 1):
+                place = target / name
                 disk.make_directory(place.parent)
                 disk.bring(path, place, link=path.suffix == WEIGHTS_SUFFIX)
                 report("take over", number, len(others))
+            if not source.has("scheduler"):
+                disk.make_directory(target / "scheduler")
+                disk.publish(target / "scheduler", SCHEDULER_CONFIG, json.dumps(schedule, indent=2).encode())
             for component in components:
                 component.write(report, notice)
     except BlockingIOError:
@@ -112,10 +116,16 @@ class Component:
         self.source = checkpoint.component(quantization.component)
         self.loras = checkpoint.loras(quantization.component)
         self.files = weight_files(self.source)
-        self.tensors = tensors_of(self.files)
+        stored = tensors_of(self.files)
+        names = layouts.renamed(stored)
+        scales = [new for new in names.values() if new.endswith(layouts.SCALES)]
+        self.tensors = {new: stored[old] for old, new in names.items() if new not in scales}
+        self.float8 = {old for old in names if stored[old].dtype == layouts.FLOAT8}
+        self.config = checkpoint.fields(quantization.component)[1]
         if packed := [name for name in self.tensors if name.endswith(".scales")]:
             raise UserError(f"{self.source} is quantized already ({packed[0]}); convert the original")
-        if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in NUMBERS]:
+        known = (*NUMBERS, layouts.FLOAT8)
+        if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in known]:
             kind = self.tensors[odd[0]].dtype
             raise UserError(f"{self.source}: tensor {odd[0]} is stored as {kind}, which cannot be quantized")
         layers: dict[int, list[str]] = defaultdict(list)
@@ -153,7 +163,7 @@ class Component:
         unread: dict[str, mx.array] = {}
         for file in self.files:
             unread.update(mx.load(str(file)))
-        unread = applied(unread, self.loras)
+        unread = applied(layouts.standard(unread, self.float8, as_stored=False), self.loras)
         for number, (part, name) in enumerate(zip(self.parts, self.names, strict=True)):
             own = {each: unread.pop(each) for each in part}
             if number not in there:
@@ -163,7 +173,7 @@ class Component:
                 disk.publish(self.target, name, to_safetensors(quantized, metadata))
                 del quantized
             report(f"convert {self.quantization.component}", number + 1, len(self.parts))
-        config = read_json(self.source / "config.json")
+        config = dict(self.config)
         config["quantization"] = {"bits": self.quantization.bits, "group_size": self.quantization.group_size}
         self._put("config.json", config)
         written = tensors_of([self.target / name for name in self.names])
@@ -221,7 +231,13 @@ def _refuse_strangers(target: Path, record: bytes) -> None:
         raise UserError(f"{target} holds something else already; choose another place")
 
 
-def _others(source: Path, converted: set[str]) -> list[Path]:
-    """The files of a checkpoint that stay as they are."""
-    inner = [path for path in source.glob("*/*") if path.parent.name in set(COMPONENTS) - converted]
-    return sorted(path for path in [*source.iterdir(), *inner] if path.is_file() and not path.name.startswith("."))
+def _others(source: Checkpoint, converted: set[str]) -> dict[Path, Path]:
+    """The files of a checkpoint that stay as they are, and where in it they are."""
+    own = set(COMPONENTS) - converted - source.others.keys()
+    inner = [path for path in source.directory.glob("*/*") if path.parent.name in own]
+    found = {path: path.relative_to(source.directory) for path in sorted([*source.directory.iterdir(), *inner])}
+    for component in source.others.keys() - converted:
+        place = source.component(component)
+        paths = [place] if place.is_file() else sorted(place.iterdir())
+        found |= {path: Path(component) / path.name for path in paths}
+    return {path: name for path, name in found.items() if path.is_file() and not path.name.startswith(".")}

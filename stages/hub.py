@@ -5,7 +5,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from stages.tensors import shown
 COMPONENTS = {"encode": ("tokenizer", "text_encoder"), "denoise": ("scheduler", "transformer"), "decode": ("vae",)}
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
 DESCRIPTIONS = ("model_index.json", "qwen-stage.json")  # of the whole model, where it has them
+# what is there of a model that is there: mflux writes no model_index.json
+SIGNS = (DESCRIPTIONS[0], *(f"{name}/model.safetensors.index.json" for name in ("transformer", "text_encoder", "vae")))
 SUFFIXES = (".json", ".txt", ".safetensors")  # what a component's files end with; others are for other programs
 LEFTOVER_SECONDS = 3600  # without a change, and nobody is writing that half of a file any more
 
@@ -97,18 +99,26 @@ def cached(repository: Repository) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(repository.id, DESCRIPTIONS[0], revision=repository.revision)
+        for name in SIGNS:
+            found = try_to_load_from_cache(repository.id, name, revision=repository.revision)
+            if isinstance(found, str):
+                return Path(found.removesuffix(name))
     except HFValidationError as error:
         raise Unavailable(f"unknown model {str(repository)!r}: {error}") from None
-    return Path(found).parent if isinstance(found, str) else None
+    return None
 
 
-def has_files(repository: Repository, stage: str) -> bool:
-    """Whether the cache has all that a stage needs, as far as `huggingface_hub` knows what that is."""
+def needed(stages: Iterable[str], without: Container[str] = ()) -> tuple[str, ...]:
+    """The components that stages need, but for those that come from elsewhere."""
+    return tuple(component for stage in stages for component in COMPONENTS[stage] if component not in without)
+
+
+def has_files(repository: Repository, components: Iterable[str]) -> bool:
+    """Whether the cache has all of these components, as far as `huggingface_hub` knows what that is."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = [f"{component}/*{end}" for component in COMPONENTS[stage] for end in SUFFIXES]
+    patterns = [f"{component}/*{end}" for component in components for end in SUFFIXES]
     try:
         snapshot_download(repository.id, revision=repository.revision, allow_patterns=patterns, local_files_only=True)
     except LocalEntryNotFoundError:
@@ -116,16 +126,16 @@ def has_files(repository: Repository, stage: str) -> bool:
     return True
 
 
-def fetch(repository: Repository, stages: tuple[str, ...], report: Report, notice: Notice) -> Path:
-    """Downloads what these stages need and the cache has not. Files that have arrived do not come again."""
+def fetch(repository: Repository, components: tuple[str, ...], report: Report, notice: Notice) -> Path:
+    """Downloads what the cache lacks of these components. Files that have arrived do not come again."""
     from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
     with _in_plain_words(repository):
         info = HfApi().model_info(repository.id, revision=repository.revision, files_metadata=True)
         sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
-        wanted = {name: size for name, size in sizes.items() if _is_needed(name, stages)}
-        for component in (component for stage in stages for component in COMPONENTS[stage]):
-            if not any(name.startswith(f"{component}/") for name in wanted):
+        wanted = {name: size for name, size in sizes.items() if _is_needed(name, components)}
+        for component in components:
+            if component != "scheduler" and not any(name.startswith(f"{component}/") for name in wanted):
                 raise Unavailable(
                     f"{repository} has no {component}/ on the hub; is it a Qwen-Image model for diffusers?"
                 )
@@ -167,11 +177,11 @@ def _clear_leftovers(blobs: Path) -> None:
                 path.unlink()
 
 
-def _is_needed(name: str, stages: tuple[str, ...]) -> bool:
+def _is_needed(name: str, components: Container[str]) -> bool:
     directory, _, file = name.rpartition("/")
     if name in DESCRIPTIONS:
         return True
-    return file.endswith(SUFFIXES) and any(directory in COMPONENTS[stage] for stage in stages)
+    return file.endswith(SUFFIXES) and directory in components
 
 
 def _progress(report: Report, total: int) -> Any:

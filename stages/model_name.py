@@ -16,7 +16,8 @@ from artifacts_schema.errors import UserError
 DEMO = "demo"
 ALIASES = {"qwen-image": "Qwen/Qwen-Image", "qwen-image-2512": "Qwen/Qwen-Image-2512"}
 LORA = "lora"
-PARTS = (LORA,)
+COMPONENTS = ("transformer", "text_encoder", "vae")  # which may come from elsewhere
+PARTS = (*COMPONENTS, LORA)
 CHOSEN = "model"  # the file that names it
 KEPT = "/:@ "  # characters that stay as they are in a name
 
@@ -30,11 +31,13 @@ class ModelName(NamedTuple):
         checkpoint, mark, parts = name.partition("?")
         if not mark or Path(name).is_dir():
             return cls(name)
-        pairs = []
+        pairs: list[tuple[str, str]] = []
         for part in parts.split("&"):
             kind, _, value = part.partition("=")
-            if kind not in PARTS or not value:
-                raise UserError(f"model {name!r}: after the ? there may be {', '.join(PARTS)}, as in ?lora=FILE")
+            if kind not in PARTS or not value or (kind != LORA and kind in dict(pairs)):
+                raise UserError(
+                    f"model {name!r}: after the ? there may be one {', one '.join(COMPONENTS)}, and lora=FILE"
+                )
             pairs.append((kind, unquote(value)))
         return cls(checkpoint, tuple(pairs))
 
@@ -54,11 +57,10 @@ class ModelName(NamedTuple):
         return ModelName(shortened(self.checkpoint), tuple((kind, shortened(value)) for kind, value in self.parts))
 
 
-def put_together(model: str | None, loras: Iterable[str]) -> str | None:
+def put_together(model: str | None, parts: Iterable[tuple[str, str]]) -> str | None:
     """What the command line says, as one name; None where it says nothing."""
     name = ModelName.parse(model or "")
-    parts = (*name.parts, *((LORA, each) for each in loras))
-    return str(name._replace(parts=parts)) or None
+    return str(name._replace(parts=(*name.parts, *parts))) or None
 
 
 def default() -> str:

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from artifacts_schema.errors import Unreadable, UserError
+from stages import layouts
 from stages.checkpoint import Checkpoint, weight_files
 from stages.lora import SIDE, Lora, applied
 from stages.measure import Report
@@ -24,7 +25,8 @@ from stages.memory import Weights
 from stages.models.linear import QuantizedLinear
 from stages.tensors import Tensor, shown, tensors_of
 
-NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # as safetensors calls them
+# as safetensors calls them
+NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, layouts.FLOAT8: mx.uint8}
 GROUP_SIZE = 64  # weights that share a scale and a bias
 GROUP_SIZES = (32, 64, 128)
 BITS = (2, 3, 4, 5, 6, 8)  # that MLX knows
@@ -82,13 +84,14 @@ def weights_of(
     directory: Path, model: Any, dtype: mx.Dtype, bits: int | None = None, loras: Sequence[Lora] = ()
 ) -> Weights:
     """What the weights of `model`, one of the model classes, will take. Reads no more than the files' headers."""
-    files = weight_files(directory)
-    stored, kept = _lazy(files, model, None, None, loras), _lazy(files, model, dtype, bits, loras)
+    files = Files.of(directory, loras)
+    stored, kept = _lazy(files, model, None, None), _lazy(files, model, dtype, bits)
     if bits and (quantized := [name for name in stored if name.endswith(".scales")]):
         raise UserError(f"{directory} is quantized already ({quantized[0]}); leave out --quantize")
     for name in getattr(model, "ROWS_ON_DISK", ()):
-        stored.pop(f"{name}.weight", None)
-        kept.pop(f"{name}.weight", None)
+        for part in QUANTIZED_PARTS:
+            stored.pop(f"{name}.{part}", None)
+            kept.pop(f"{name}.{part}", None)
 
     def size(weights: dict[str, mx.array]) -> int:
         return sum(weight.nbytes for weight in weights.values())
@@ -123,19 +126,20 @@ def load_weights(
     of layers, `LAYERS`: these are streamed, or read one by one with a report. A table that it names in `ROWS_ON_DISK`
     stays on disk: of it only the rows are read that are looked up.
     """
-    files = weight_files(directory)
+    files = Files.of(directory, loras)
 
     def unread() -> dict[str, mx.array]:
-        return joined(_lazy(files, model, dtype, bits, loras), model)
+        return joined(_lazy(files, model, dtype, bits), model)
 
-    stored = _lazy(files, model, dtype, bits, loras)
+    stored = _lazy(files, model, dtype, bits)
     weights = joined(stored, model)
     exchange_quantized(model, weights)
     _check(model, stored, directory)
     del stored  # or what was joined would be held twice
     for name in getattr(model, "ROWS_ON_DISK", ()):
-        del weights[f"{name}.weight"]
-        setattr(model, name, RowsOnDisk(model.sanitize(tensors_of(files))[f"{name}.weight"], dtype))
+        for part in QUANTIZED_PARTS:
+            weights.pop(f"{name}.{part}", None)
+        setattr(model, name, RowsOnDisk(_stored_table(files.paths, model, name), dtype))
     model.load_weights(list(weights.items()))
     if layers := getattr(model, "LAYERS", None):
         if stream:
@@ -208,37 +212,69 @@ def _evaluated(layer: nn.Module) -> Callable[..., Any]:
 
 
 class RowsOnDisk:
-    """An embedding table of which only the rows are read that are looked up."""
+    """An embedding table of which only the rows are read that are looked up. It may be quantized, as MLX does it."""
 
-    def __init__(self, table: Tensor, dtype: mx.Dtype) -> None:
+    def __init__(self, table: dict[str, Tensor], dtype: mx.Dtype) -> None:
+        """`table` has its `weight`, and `scales` and `biases` if that is quantized."""
         self.table, self.dtype = table, dtype
-        self.num_rows, self.dim = table.shape
 
     def __call__(self, ids: list[int]) -> mx.array:
         """[len(ids), dim]"""
-        stored = NUMBERS[self.table.dtype]
-        row = self.dim * stored.size
-        file = os.open(self.table.file, os.O_RDONLY)
-        try:
-            data = b"".join(os.pread(file, row, self.table.begin + row * i) for i in ids)
-        finally:
-            os.close(file)
-        return mx.array(memoryview(data)).view(stored).reshape(len(ids), self.dim).astype(self.dtype)
+        rows = {part: _rows(tensor, ids) for part, tensor in self.table.items()}
+        weight = rows["weight"]
+        if len(rows) > 1:
+            columns, groups = weight.shape[1], rows["scales"].shape[1]
+            form = {"group_size": GROUP_SIZE, "bits": 32 * columns // (groups * GROUP_SIZE)}
+            weight = mx.dequantize(weight, rows["scales"], rows["biases"], **form)
+        elif self.table["weight"].dtype == layouts.FLOAT8:
+            weight = mx.from_fp8(weight, mx.float32)
+        return weight.astype(self.dtype)
 
 
-def _lazy(
-    files: list[Path], model: Any, dtype: mx.Dtype | None, bits: int | None, loras: Sequence[Lora]
-) -> dict[str, mx.array]:
+def _stored_table(files: list[Path], model: Any, name: str) -> dict[str, Tensor]:
+    stored = tensors_of(files)
+    tensors = model.sanitize({new: stored[old] for old, new in layouts.renamed(stored).items()})
+    return {part: tensors[f"{name}.{part}"] for part in QUANTIZED_PARTS if f"{name}.{part}" in tensors}
+
+
+def _rows(table: Tensor, ids: list[int]) -> mx.array:
+    """[len(ids), columns], in the file's format; of float8 its bytes."""
+    stored, columns = NUMBERS[table.dtype], table.shape[1]
+    row = columns * stored.size
+    file = os.open(table.file, os.O_RDONLY)
+    try:
+        data = b"".join(os.pread(file, row, table.begin + row * i) for i in ids)
+    finally:
+        os.close(file)
+    return mx.array(memoryview(data)).view(stored).reshape(len(ids), columns)
+
+
+class Files(NamedTuple):
+    """Where a component's weights are, and what is put into them."""
+
+    paths: list[Path]
+    float8: set[str]  # the names of tensors that are
+    loras: Sequence[Lora]
+
+    @classmethod
+    def of(cls, directory: Path, loras: Sequence[Lora]) -> "Files":
+        paths = weight_files(directory)
+        float8 = {name for name, tensor in tensors_of(paths).items() if tensor.dtype == layouts.FLOAT8}
+        return cls(paths, float8, loras)
+
+
+def _lazy(files: Files, model: Any, dtype: mx.Dtype | None, bits: int | None) -> dict[str, mx.array]:
     """Every tensor by the model's name for it, unread; in `dtype` or quantized, or as it is stored."""
     reader, converter = _streams()
     weights: dict[str, mx.array] = {}
-    for file in files:
+    for file in files.paths:
         try:
             weights.update(mx.load(str(file), stream=reader))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
     with mx.stream(converter):
-        weights = model.sanitize(applied(weights, loras))
+        weights = layouts.standard(weights, files.float8, as_stored=dtype is None)
+        weights = model.sanitize(applied(weights, files.loras))
         if dtype is None:
             return weights
         if bits:
@@ -322,7 +358,7 @@ def exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
 
     def exchanged(path: str, module: nn.Module) -> nn.Module:
         packed, scales = weights.get(f"{path}.weight"), weights.get(f"{path}.scales")
-        if not isinstance(module, nn.Linear) or packed is None or scales is None:
+        if not isinstance(module, nn.Linear | nn.Embedding) or packed is None or scales is None:
             return module
         if packed.dtype != mx.uint32 or packed.ndim != 2 or scales.ndim != 2:
             raise UserError(f"tensor {path}.weight is {packed.dtype} {packed.shape}, which no quantized weight is")
@@ -330,6 +366,8 @@ def exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
         bits, group_size = 32 * packed.shape[-1] / inputs, inputs / max(1, scales.shape[-1])
         if bits not in BITS or group_size not in GROUP_SIZES:
             raise UserError(f"tensor {path}.weight is quantized to {bits:g} bits in groups of {group_size:g}: unknown")
+        if isinstance(module, nn.Embedding):
+            return nn.QuantizedEmbedding(outputs, inputs, int(group_size), int(bits))
         layer = QuantizedLinear(inputs, outputs, "bias" in module, int(group_size), int(bits))
         for side in SIDE:
             if f"{path}.{side}" in weights:

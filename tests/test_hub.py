@@ -52,7 +52,7 @@ def fetched(directory: Path) -> dict[str, bytes]:
 
 def needed(served: Hub, *stages: str) -> dict[str, bytes]:
     whole = {name: path.read_bytes() for name, path in served.files().items()}
-    return {name: data for name, data in whole.items() if hub._is_needed(name, stages)}
+    return {name: data for name, data in whole.items() if hub._is_needed(name, hub.needed(stages))}
 
 
 def one_line(err: str) -> str:

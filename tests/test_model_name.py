@@ -16,7 +16,7 @@ from stages.model_name import ModelName, following, put_together
 def test_names_hold_all_that_a_model_is():
     assert put_together(None, []) is None
     assert put_together("demo", []) == "demo"
-    name = put_together("/models/a b", ["x&y?.safetensors:0.5", "owner/name/50%.safetensors@main"])
+    name = put_together("/models/a b", [("lora", "x&y?.safetensors:0.5"), ("lora", "owner/name/50%.safetensors@main")])
     assert ModelName.parse(name) == ModelName(
         "/models/a b", (("lora", "x&y?.safetensors:0.5"), ("lora", "owner/name/50%.safetensors@main"))
     )

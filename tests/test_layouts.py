@@ -1,0 +1,165 @@
+"""Checkpoints of other programs give the pictures of the same weights in diffusers' layout, and no stranger passes."""
+
+import os
+import secrets
+
+import mlx.core as mx
+import numpy as np
+import other_layouts
+import pytest
+from PIL import Image
+
+from artifacts_schema import store
+from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
+
+SEED = int(os.environ.get("QWEN_STAGE_TEST_SEED") or secrets.randbelow(2**31))
+
+
+@pytest.fixture(autouse=True)
+def say_the_seed():
+    print(f"repeat with QWEN_STAGE_TEST_SEED={SEED}")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return other_layouts.write(tmp_path_factory.mktemp("original") / "model", SEED)
+
+
+class Made:
+    """What the three stages make with a model, in float32."""
+
+    def __init__(self, qwen_stage, directory, *options):
+        result = qwen_stage(
+            "run", "a red circle", f"--out={directory}", "--dtype=float32", "--steps=2", "--size=64x48", *options
+        )
+        assert result.code == 0, result.err
+        embeddings, _ = store.read_manifest(directory / "embeddings", EmbeddingsManifest)
+        path = directory / "embeddings" / embeddings.embeddings[0].file.path
+        latents, _ = store.read_manifest(directory / "latents", LatentsManifest)
+        self.embeds = np.array(mx.load(str(path))["prompt_embeds"])
+        self.latents = store.read_latents(directory / "latents", latents.items[0])
+        self.pixels = np.array(Image.open(result.out[0])).astype(int)
+
+    def assert_close_to(self, other, tolerance):
+        """Relative to the largest; 0 for all bits."""
+        for mine, yours in ((self.embeds, other.embeds), (self.latents, other.latents)):
+            assert np.abs(mine - yours).max() <= tolerance * np.abs(yours).max()
+        assert np.abs(self.pixels - other.pixels).max() <= (2 if tolerance else 0)
+
+
+@pytest.fixture
+def made(qwen_stage, tmp_path, fresh_cache):
+    def make(*options):
+        fresh_cache()
+        return Made(qwen_stage, tmp_path / secrets.token_hex(4), *options)
+
+    return make
+
+
+def test_mflux(made, original, tmp_path):
+    target = other_layouts.write_mflux(original, tmp_path / "mflux")
+    made(f"--model={target}").assert_close_to(made(f"--model={original}"), 0)
+
+
+def mixed(bits):
+    """As mflux quantizes: everything, the modulation of images to 8 bits at least."""
+    return lambda layer: 8 if "img_mod" in layer else bits
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("text_bits", [None, 4])
+def test_mflux_quantized(made, original, tmp_path, bits, text_bits):
+    target = other_layouts.write_mflux(original, tmp_path / "mflux", mixed(bits), lambda layer: text_bits)
+    full = other_layouts.dequantized(other_layouts.read(original, "transformer"), mixed(bits))
+    same = other_layouts.with_weights(original, tmp_path / "same", "transformer", full)
+    text = other_layouts.dequantized(
+        other_layouts.read(original, "text_encoder"), lambda layer: text_bits if layer.startswith("model.") else None
+    )
+    same = other_layouts.with_weights(same, tmp_path / "both", "text_encoder", text)
+    expected = made(f"--model={same}")
+    made(f"--model={target}").assert_close_to(expected, 1e-4)
+    made(f"--model={target}", "--stream").assert_close_to(expected, 1e-4)
+
+
+def test_comfyui(made, original, tmp_path):
+    transformer = tmp_path / "qwen_image.safetensors"
+    weights = other_layouts.comfyui_transformer(other_layouts.read(original, "transformer"))
+    mx.save_safetensors(str(transformer), weights)
+    text_encoder, vae = tmp_path / "qwen_2.5_vl_7b.safetensors", tmp_path / "qwen_image_vae.safetensors"
+    mx.save_safetensors(str(text_encoder), other_layouts.read(original, "text_encoder"))
+    mx.save_safetensors(str(vae), other_layouts.wan_vae(other_layouts.read(original, "vae")))
+    elsewhere = other_layouts.write(tmp_path / "other", SEED + 1)
+    parts = [f"--transformer={transformer}", f"--text-encoder={text_encoder}", f"--vae={vae}"]
+    made(f"--model={elsewhere}", *parts).assert_close_to(made(f"--model={original}"), 0)
+
+
+@pytest.mark.parametrize("spelling", [None, "scale_weight", "weight_scale"])
+@pytest.mark.parametrize("quantize", [[], ["--quantize=8"]])
+def test_float8(made, original, tmp_path, spelling, quantize):
+    plain = other_layouts.read(original, "transformer")
+    packed, full, names = other_layouts.float8(plain, spelling, lambda name: name.startswith("transformer_blocks"))
+    prefix = "model.diffusion_model."
+    packed = other_layouts.comfyui_transformer(packed)
+    if spelling:
+        packed |= {f"{prefix}scaled_fp8": mx.zeros(2), f"{prefix}img_in.scale_input": mx.array(1.0)}
+    other_layouts.save_float8(tmp_path / "float8.safetensors", packed, {prefix + name for name in names})
+    same = other_layouts.with_weights(original, tmp_path / "same", "transformer", full)
+    one = made(f"--model={original}", f"--transformer={tmp_path / 'float8.safetensors'}", *quantize)
+    one.assert_close_to(made(f"--model={same}", *quantize), 1e-6)
+
+
+def test_a_vae_in_a_directory(made, original, tmp_path):
+    other = other_layouts.write(tmp_path / "other", SEED + 1)
+    one = made(f"--model={other}", f"--vae={original / 'vae'}")
+    assert np.abs(one.pixels - made(f"--model={other}").pixels).max() > 2
+
+
+def lacking(weights):
+    weights.pop(next(name for name in weights if name.endswith("to_q.weight")))
+    return "lacks the tensors"
+
+
+def surplus(weights):
+    name = next(iter(weights))
+    weights[name.rpartition(".")[0] + ".stranger"] = mx.zeros(3)
+    return "stranger"
+
+
+def misshapen(weights):
+    name = next(name for name in weights if name.endswith("txt_in.bias"))
+    weights[name] = mx.zeros(3)
+    return "wrong shape"
+
+
+@pytest.mark.parametrize("layout", ["mflux", "comfyui"])
+@pytest.mark.parametrize("spoil", [lacking, surplus, misshapen])
+def test_strangers_are_named(qwen_stage, original, tmp_path, layout, spoil):
+    weights = other_layouts.read(original, "transformer")
+    named = other_layouts.mflux_transformer if layout == "mflux" else other_layouts.comfyui_transformer
+    weights = named(weights)
+    words = spoil(weights)
+    mx.save_safetensors(str(tmp_path / "file.safetensors"), weights)
+    (tmp_path / "p.txt").write_text("a")
+    assert qwen_stage("encode", "p.txt", f"--model={original}", "--out=run").code == 0
+    result = qwen_stage("denoise", "--embeddings=run", f"--transformer={tmp_path / 'file.safetensors'}", "--steps=1")
+    assert result.code == 2
+    assert [words in line for line in result.err.splitlines() if "error" in line] == [True], result.err
+
+
+def test_a_component_that_is_none_is_named(qwen_stage, original, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "p.txt").write_text("a")
+    for said, words in (("nowhere", "is not there"), ("empty", "holds no .safetensors file")):
+        result = qwen_stage("encode", "p.txt", f"--model={original}", f"--text-encoder={said}")
+        assert (result.code, words in result.err) == (2, True)
+    vae = next((original / "vae").glob("*.safetensors"))
+    result = qwen_stage("encode", "p.txt", f"--model={original}", f"--text-encoder={vae}")
+    assert result.code == 2
+    assert "is no text_encoder of Qwen-Image" in result.err
+
+
+def test_converted_from_other_layouts(qwen_stage, made, original, tmp_path):
+    """Into our own: with the parts that are left as they are, and a schedule."""
+    mflux = other_layouts.write_mflux(original, tmp_path / "mflux")
+    assert qwen_stage("models", "convert", mflux, tmp_path / "small", "--quantize=8").code == 0
+    made(f"--model={tmp_path / 'small'}").assert_close_to(made(f"--model={mflux}", "--quantize=8"), 0)
