@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 FLOAT8 = "F8_E4M3"  # as safetensors calls it
 SCALES = (".scale_weight", ".weight_scale")  # of a float8 weight, by the spellings there are
-# for computing in float8, or saying that it is one: of no use here
-IGNORED = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$")
+# for computing in float8, or saying that it is one; and what mflux keeps although it knows it: of no use here
+IGNORED = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant|rotary_emb\.inv_freq)$")
 
 SCHEDULER = {
     "use_dynamic_shifting": True,

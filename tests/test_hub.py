@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import loras
+import other_layouts
 import pytest
 from hub_server import COMMIT, Hub
 
@@ -110,6 +111,38 @@ def test_stages_fetch_what_they_need_and_then_no_more(client, served, tmp_path):
         assert (code, "downloading" in err) == (0, False), err
     assert (tmp_path / lines[0]).read_bytes() == picture
     assert served.asked == []
+
+
+def test_a_repository_of_mflux(client, tmp_path):
+    """It has no configs, no schedule and no model_index.json."""
+    original = other_layouts.write(tmp_path / "original", 1)
+    with Hub(NAME, other_layouts.write_mflux(original, tmp_path / "mflux", lambda layer: 4)) as hub:
+        (tmp_path / "p.txt").write_text("a\n")
+        stages = [
+            ["encode", "p.txt", "--out=run", f"--model={NAME}"],
+            ["denoise", "--embeddings=run", "--size=32x32", "--steps=1"],
+            ["decode", "run"],
+        ]
+        for command in stages:
+            code, lines, err = client(*command, HF_ENDPOINT=hub.endpoint)
+            assert code == 0, err
+        picture = (tmp_path / lines[0]).read_bytes()
+        hub.asked.clear()
+        shutil.rmtree(tmp_path / "run")
+        for command in stages:
+            code, lines, err = client(*command, HF_HUB_OFFLINE="1", QWEN_STAGE_CACHE=str(tmp_path / "other"))
+            assert code == 0, err
+        assert ((tmp_path / lines[0]).read_bytes(), hub.asked) == (picture, [])
+
+
+def test_a_component_that_comes_from_elsewhere_is_not_fetched(client, served, tmp_path, small_model):
+    (tmp_path / "p.txt").write_text("a\n")
+    parts = [f"--{part.replace('_', '-')}={small_model / part}" for part in ("text_encoder", "transformer", "vae")]
+    assert client("encode", "p.txt", "--out=run", f"--model={NAME}", *parts)[0] == 0
+    assert client("denoise", "--embeddings=run", "--size=32x32", "--steps=1")[0] == 0
+    code, _, err = client("decode", "run")
+    assert code == 0, err
+    assert not [path for _, path in served.asked if path.endswith(".safetensors")]
 
 
 def test_a_lora(client, served, tmp_path, small_model):

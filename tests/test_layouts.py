@@ -28,11 +28,17 @@ def original(tmp_path_factory):
 class Made:
     """What the three stages make with a model, in float32."""
 
-    def __init__(self, qwen_stage, directory, *options):
-        result = qwen_stage(
-            "run", "a red circle", f"--out={directory}", "--dtype=float32", "--steps=2", "--size=64x48", *options
-        )
-        assert result.code == 0, result.err
+    def __init__(self, qwen_stage, directory, model, *options):
+        """`options` are for the transformer."""
+        prompts = directory.with_suffix(".txt")
+        prompts.write_text("a red circle")
+        for command in (
+            ["encode", prompts, f"--out={directory}", "--dtype=float32", *model],
+            ["denoise", f"--embeddings={directory}", "--dtype=float32", "--steps=2", "--size=64x48", *options],
+            ["decode", directory, "--dtype=float32"],
+        ):
+            result = qwen_stage(*command)
+            assert result.code == 0, result.err
         embeddings, _ = store.read_manifest(directory / "embeddings", EmbeddingsManifest)
         path = directory / "embeddings" / embeddings.embeddings[0].file.path
         latents, _ = store.read_manifest(directory / "latents", LatentsManifest)
@@ -49,9 +55,10 @@ class Made:
 
 @pytest.fixture
 def made(qwen_stage, tmp_path, fresh_cache):
-    def make(*options):
+    def make(model, *options):
         fresh_cache()
-        return Made(qwen_stage, tmp_path / secrets.token_hex(4), *options)
+        model = [model] if isinstance(model, str) else model
+        return Made(qwen_stage, tmp_path / secrets.token_hex(4), model, *options)
 
     return make
 
@@ -90,7 +97,7 @@ def test_comfyui(made, original, tmp_path):
     mx.save_safetensors(str(vae), other_layouts.wan_vae(other_layouts.read(original, "vae")))
     elsewhere = other_layouts.write(tmp_path / "other", SEED + 1)
     parts = [f"--transformer={transformer}", f"--text-encoder={text_encoder}", f"--vae={vae}"]
-    made(f"--model={elsewhere}", *parts).assert_close_to(made(f"--model={original}"), 0)
+    made([f"--model={elsewhere}", *parts]).assert_close_to(made(f"--model={original}"), 0)
 
 
 @pytest.mark.parametrize("spelling", [None, "scale_weight", "weight_scale"])
@@ -104,13 +111,13 @@ def test_float8(made, original, tmp_path, spelling, quantize):
         packed |= {f"{prefix}scaled_fp8": mx.zeros(2), f"{prefix}img_in.scale_input": mx.array(1.0)}
     other_layouts.save_float8(tmp_path / "float8.safetensors", packed, {prefix + name for name in names})
     same = other_layouts.with_weights(original, tmp_path / "same", "transformer", full)
-    one = made(f"--model={original}", f"--transformer={tmp_path / 'float8.safetensors'}", *quantize)
+    one = made([f"--model={original}", f"--transformer={tmp_path / 'float8.safetensors'}"], *quantize)
     one.assert_close_to(made(f"--model={same}", *quantize), 1e-6)
 
 
 def test_a_vae_in_a_directory(made, original, tmp_path):
     other = other_layouts.write(tmp_path / "other", SEED + 1)
-    one = made(f"--model={other}", f"--vae={original / 'vae'}")
+    one = made([f"--model={other}", f"--vae={original / 'vae'}"])
     assert np.abs(one.pixels - made(f"--model={other}").pixels).max() > 2
 
 
