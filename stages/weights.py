@@ -274,9 +274,9 @@ def _lazy(files: Files, model: Any, dtype: mx.Dtype | None, bits: int | None) ->
             raise UserError(f"{file} cannot be read: {error}") from None
     with mx.stream(converter):
         weights = layouts.standard(weights, files.float8, as_stored=dtype is None)
-        weights = model.sanitize(applied(weights, files.loras))
         if dtype is None:
-            return weights
+            return dict(model.sanitize(weights))
+        weights = model.sanitize(applied(alike(weights, model), files.loras))
         if bits:
             weights = quantized_weights(weights, partial(model.bits_of, bits=bits))
         return {name: weight.astype(dtype) if _is_floating(weight) else weight for name, weight in weights.items()}
@@ -303,25 +303,69 @@ def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int
 
 def joined(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
     """Joins the rows of layers that the model has as one, by its `JOINED`: it multiplies with all of them at once."""
+    layers = _layers(weights)
+    with mx.stream(_streams()[1]):
+        for whole, names in _to_join(layers, model):
+            parts = [layers.get(name, {}) for name in names]
+            if _are_alike(parts):
+                layers[whole] = _rows_of(parts)
+                for name in names:
+                    del layers[name]
+    return _flat(layers)
+
+
+def alike(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
+    """Gives layers that are to be joined full weights, if they are quantized to different bits."""
+    layers = _layers(weights)
+    for _, names in _to_join(layers, model):
+        parts = [layers.get(name, {}) for name in names]
+        if not _are_alike(parts):
+            layers |= {name: _unpacked(part) for name, part in zip(names, parts, strict=True) if part}
+    return _flat(layers)
+
+
+def _layers(weights: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+    """`attn.to_q.weight` -> `attn.to_q`: `weight`"""
     layers: dict[str, dict[str, mx.array]] = {}
     for name, weight in weights.items():
         layer, _, kind = name.rpartition(".")
         layers.setdefault(layer, {})[kind] = weight
-    with mx.stream(_streams()[1]):
-        for whole, names in getattr(model, "JOINED", {}).items():
-            for place in [name.removesuffix(names[0]) for name in layers if name.rpartition(".")[2] == names[0]]:
-                parts = [layers.get(f"{place}{name}", {}) for name in names]
-                if _are_alike(parts):
-                    layers[f"{place}{whole}"] = _rows_of(parts)
-                    for name in names:
-                        del layers[f"{place}{name}"]
-    return {f"{layer}.{kind}": weight for layer, own in layers.items() for kind, weight in own.items()}
+    return layers
+
+
+def _flat(layers: dict[str, dict[str, mx.array]]) -> dict[str, mx.array]:
+    pairs = (
+        (f"{layer}.{kind}" if layer else kind, weight) for layer, own in layers.items() for kind, weight in own.items()
+    )
+    return dict(pairs)
+
+
+def _to_join(layers: dict[str, Any], model: Any) -> list[tuple[str, list[str]]]:
+    """The layers that a model has as one: its name, and theirs."""
+    return [
+        (name.removesuffix(names[0]) + whole, [name.removesuffix(names[0]) + each for each in names])
+        for whole, names in getattr(model, "JOINED", {}).items()
+        for name in layers
+        if name.rpartition(".")[2] == names[0]
+    ]
 
 
 def _are_alike(parts: list[dict[str, mx.array]]) -> bool:
     """Whether layers have the same kinds of weights, in the same form: else something is missing or wrong."""
     forms = [{kind: (each.shape[1:], each.dtype) for kind, each in part.items() if kind not in SIDE} for part in parts]
     return all(form == forms[0] for form in forms)
+
+
+def _unpacked(layer: dict[str, mx.array]) -> dict[str, mx.array]:
+    """A quantized layer with full weights; others as they are, and what cannot be told."""
+    if not {*QUANTIZED_PARTS} <= layer.keys():
+        return layer
+    packed, scales, biases = (layer[part] for part in QUANTIZED_PARTS)
+    bits = 32 * packed.shape[-1] / max(1, scales.shape[-1] * GROUP_SIZE)
+    if packed.dtype != mx.uint32 or bits not in BITS:
+        return layer
+    full = mx.dequantize(packed, scales, biases, group_size=GROUP_SIZE, bits=int(bits))
+    return {"weight": full, **{kind: each for kind, each in layer.items() if kind not in QUANTIZED_PARTS}}
 
 
 def _rows_of(parts: list[dict[str, mx.array]]) -> dict[str, mx.array]:

@@ -73,11 +73,16 @@ def mixed(bits):
     return lambda layer: 8 if "img_mod" in layer else bits
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+def within_attention(layer):
+    """As nobody should."""
+    return 8 if "to_k" in layer else None if "0.attn.add_v" in layer else 4
+
+
+@pytest.mark.parametrize("bits_of", [mixed(4), mixed(8), within_attention])
 @pytest.mark.parametrize("text_bits", [None, 4])
-def test_mflux_quantized(made, original, tmp_path, bits, text_bits):
-    target = other_layouts.write_mflux(original, tmp_path / "mflux", mixed(bits), lambda layer: text_bits)
-    full = other_layouts.dequantized(other_layouts.read(original, "transformer"), mixed(bits))
+def test_mflux_quantized(made, original, tmp_path, bits_of, text_bits):
+    target = other_layouts.write_mflux(original, tmp_path / "mflux", bits_of, lambda layer: text_bits)
+    full = other_layouts.dequantized(other_layouts.read(original, "transformer"), bits_of)
     same = other_layouts.with_weights(original, tmp_path / "same", "transformer", full)
     text = other_layouts.dequantized(
         other_layouts.read(original, "text_encoder"), lambda layer: text_bits if layer.startswith("model.") else None
