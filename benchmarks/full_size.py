@@ -17,10 +17,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from stages.checkpoint import DEMO_DIRECTORY
+from stages.joined import parted
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
-from stages.weights import parted
 
 TEXT_ENCODER = {
     "hidden_size": 3584,

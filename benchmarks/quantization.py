@@ -36,6 +36,7 @@ from artifacts_schema.prompts import Prompt
 from stages.checkpoint import open_checkpoint, weight_files
 from stages.denoise import guided
 from stages.encode import encode
+from stages.joined import joined, parted
 from stages.models.kernels import Norm
 from stages.models.transformer import (
     SCALE1,
@@ -52,8 +53,9 @@ from stages.models.transformer import (
 )
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 from stages.modulation import model_timestep
+from stages.quantized import GROUP_SIZE
 from stages.scheduler import SchedulerConfig
-from stages.weights import GROUP_SIZE, Loading, joined, load_model, parted
+from stages.weights import Loading, load_model
 
 GIB = 1 << 30
 OVERHEAD = 2 * 16 / GROUP_SIZE  # bits a weight: its share of a scale and a bias

@@ -94,8 +94,9 @@ def our_transformer(dtype: str, bits: int | None) -> Any:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
+    from stages.joined import joined, parted
     from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
-    from stages.weights import exchange_quantized, joined, parted, quantized_weights
+    from stages.quantized import exchange_quantized, quantized_weights
 
     if (dtype, bits) not in _made:
         _made.clear()

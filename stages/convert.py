@@ -62,7 +62,7 @@ def convert(
     With `text_bits`, the text encoder's layers as well. Weights that stay as they are become hard links, or copies on
     another disk. Goes on where an earlier conversion was interrupted. Raises UserError for what cannot be converted.
     """
-    from stages.weights import GROUP_SIZE
+    from stages.quantized import GROUP_SIZE
 
     source = open_checkpoint(model)
     place = target.resolve()
@@ -154,7 +154,8 @@ class Component:
     def write(self, report: Report, notice: Notice) -> None:
         import mlx.core as mx
 
-        from stages.weights import quantized_weights, to_safetensors
+        from stages.quantized import quantized_weights
+        from stages.weights import to_safetensors
 
         disk.make_directory(self.target)
         there = [number for number in range(len(self.parts)) if self._is_there(number)]

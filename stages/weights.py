@@ -14,23 +14,20 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from artifacts_schema.errors import Unreadable, UserError
 from stages import layouts
 from stages.checkpoint import Checkpoint, weight_files
+from stages.joined import alike, joined, parted
 from stages.lora import SIDE, Lora, applied
 from stages.measure import Report
 from stages.memory import Weights
-from stages.models.linear import QuantizedLinear
+from stages.quantized import GROUP_SIZE, QUANTIZED_PARTS, exchange_quantized, is_floating, quantized_weights
 from stages.tensors import Tensor, shown, tensors_of
 
 # as safetensors calls them
 NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, layouts.FLOAT8: mx.uint8}
-GROUP_SIZE = 64  # weights that share a scale and a bias
-GROUP_SIZES = (32, 64, 128)
-BITS = (2, 3, 4, 5, 6, 8)  # that MLX knows
-QUANTIZED_PARTS = ("weight", "scales", "biases")
 
 _loaded: dict[tuple[Any, ...], tuple[bool, Any]] = {}  # the last model by its key, and whether it is streamed
 
@@ -129,10 +126,10 @@ def load_weights(
     files = Files.of(directory, loras)
 
     def unread() -> dict[str, mx.array]:
-        return joined(_lazy(files, model, dtype, bits), model)
+        return _joined(_lazy(files, model, dtype, bits), model)
 
     stored = _lazy(files, model, dtype, bits)
-    weights = joined(stored, model)
+    weights = _joined(stored, model)
     exchange_quantized(model, weights)
     _check(model, stored, directory)
     del stored  # or what was joined would be held twice
@@ -231,6 +228,11 @@ class RowsOnDisk:
         return weight.astype(self.dtype)
 
 
+def _joined(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
+    with mx.stream(_streams()[1]):
+        return joined(weights, model)
+
+
 def _stored_table(files: list[Path], model: Any, name: str) -> dict[str, Tensor]:
     stored = tensors_of(files)
     tensors = model.sanitize({new: stored[old] for old, new in layouts.renamed(stored).items()})
@@ -279,147 +281,7 @@ def _lazy(files: Files, model: Any, dtype: mx.Dtype | None, bits: int | None) ->
         weights = model.sanitize(applied(alike(weights, model), files.loras))
         if bits:
             weights = quantized_weights(weights, partial(model.bits_of, bits=bits))
-        return {name: weight.astype(dtype) if _is_floating(weight) else weight for name, weight in weights.items()}
-
-
-def _is_floating(weight: mx.array) -> bool:
-    return mx.issubdtype(weight.dtype, mx.floating)
-
-
-def quantized_weights(weights: dict[str, mx.array], bits_of: Callable[[str], int | None]) -> dict[str, mx.array]:
-    """Exchanges `x.weight` [out, in] for packed `x.weight`, `x.scales` and `x.biases` where `bits_of(name)` says so."""
-    quantized: dict[str, mx.array] = {}
-    for name, weight in weights.items():
-        layer, _, kind = name.rpartition(".")
-        is_matrix = weight.ndim == 2 and _is_floating(weight)
-        bits = bits_of(layer) if kind == "weight" else None
-        if bits and is_matrix and weight.shape[1] % GROUP_SIZE == 0:
-            parts = mx.quantize(weight, group_size=GROUP_SIZE, bits=bits)
-            quantized |= {f"{layer}.{part}": each for part, each in zip(QUANTIZED_PARTS, parts, strict=True)}
-        else:
-            quantized[name] = weight
-    return quantized
-
-
-def joined(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
-    """Joins the rows of layers that the model has as one, by its `JOINED`: it multiplies with all of them at once."""
-    layers = _layers(weights)
-    with mx.stream(_streams()[1]):
-        for whole, names in _to_join(layers, model):
-            parts = [layers.get(name, {}) for name in names]
-            if _are_alike(parts):
-                layers[whole] = _rows_of(parts)
-                for name in names:
-                    del layers[name]
-    return _flat(layers)
-
-
-def alike(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
-    """Gives layers that are to be joined full weights, if they are quantized to different bits."""
-    layers = _layers(weights)
-    for _, names in _to_join(layers, model):
-        parts = [layers.get(name, {}) for name in names]
-        if not _are_alike(parts):
-            layers |= {name: _unpacked(part) for name, part in zip(names, parts, strict=True) if part}
-    return _flat(layers)
-
-
-def _layers(weights: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
-    """`attn.to_q.weight` -> `attn.to_q`: `weight`"""
-    layers: dict[str, dict[str, mx.array]] = {}
-    for name, weight in weights.items():
-        layer, _, kind = name.rpartition(".")
-        layers.setdefault(layer, {})[kind] = weight
-    return layers
-
-
-def _flat(layers: dict[str, dict[str, mx.array]]) -> dict[str, mx.array]:
-    pairs = (
-        (f"{layer}.{kind}" if layer else kind, weight) for layer, own in layers.items() for kind, weight in own.items()
-    )
-    return dict(pairs)
-
-
-def _to_join(layers: dict[str, Any], model: Any) -> list[tuple[str, list[str]]]:
-    """The layers that a model has as one: its name, and theirs."""
-    return [
-        (name.removesuffix(names[0]) + whole, [name.removesuffix(names[0]) + each for each in names])
-        for whole, names in getattr(model, "JOINED", {}).items()
-        for name in layers
-        if name.rpartition(".")[2] == names[0]
-    ]
-
-
-def _are_alike(parts: list[dict[str, mx.array]]) -> bool:
-    """Whether layers have the same kinds of weights, in the same form: else something is missing or wrong."""
-    forms = [{kind: (each.shape[1:], each.dtype) for kind, each in part.items() if kind not in SIDE} for part in parts]
-    return all(form == forms[0] for form in forms)
-
-
-def _unpacked(layer: dict[str, mx.array]) -> dict[str, mx.array]:
-    """A quantized layer with full weights; others as they are, and what cannot be told."""
-    if not {*QUANTIZED_PARTS} <= layer.keys():
-        return layer
-    packed, scales, biases = (layer[part] for part in QUANTIZED_PARTS)
-    bits = 32 * packed.shape[-1] / max(1, scales.shape[-1] * GROUP_SIZE)
-    if packed.dtype != mx.uint32 or bits not in BITS:
-        return layer
-    full = mx.dequantize(packed, scales, biases, group_size=GROUP_SIZE, bits=int(bits))
-    return {"weight": full, **{kind: each for kind, each in layer.items() if kind not in QUANTIZED_PARTS}}
-
-
-def _rows_of(parts: list[dict[str, mx.array]]) -> dict[str, mx.array]:
-    """The weights of layers as those of one, rows after rows. Of LoRAs beside them, each reaches its own rows alone."""
-    made = {kind: mx.concatenate([part[kind] for part in parts]) for kind in parts[0] if kind not in SIDE}
-    down, up = SIDE
-    changed = [number for number, part in enumerate(parts) if down in part]
-    if changed:
-        made[down] = mx.concatenate([parts[number][down] for number in changed])
-        blocks = [
-            [
-                parts[column][up] if row == column else mx.zeros((part["weight"].shape[0], parts[column][up].shape[1]))
-                for column in changed
-            ]
-            for row, part in enumerate(parts)
-        ]
-        made[up] = mx.concatenate([mx.concatenate(row, axis=1) for row in blocks]).astype(made[down].dtype)
-    return made
-
-
-def parted(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
-    """Undoes what `joined` does."""
-    made: dict[str, mx.array] = {}
-    for name, weight in weights.items():
-        *before, layer, kind = ["", *name.split(".")]
-        parts = getattr(model, "JOINED", {}).get(layer, (layer,))
-        rows = weight.split(len(parts)) if len(parts) > 1 else [weight]
-        made |= {".".join([*before, part, kind])[1:]: each for part, each in zip(parts, rows, strict=True)}
-    return made
-
-
-def exchange_quantized(model: nn.Module, weights: dict[str, mx.array]) -> None:
-    """Exchanges the model's layers for quantized ones where the weights are; bits and groups are told by shapes."""
-
-    def exchanged(path: str, module: nn.Module) -> nn.Module:
-        packed, scales = weights.get(f"{path}.weight"), weights.get(f"{path}.scales")
-        if not isinstance(module, nn.Linear | nn.Embedding) or packed is None or scales is None:
-            return module
-        if packed.dtype != mx.uint32 or packed.ndim != 2 or scales.ndim != 2:
-            raise UserError(f"tensor {path}.weight is {packed.dtype} {packed.shape}, which no quantized weight is")
-        outputs, inputs = module.weight.shape
-        bits, group_size = 32 * packed.shape[-1] / inputs, inputs / max(1, scales.shape[-1])
-        if bits not in BITS or group_size not in GROUP_SIZES:
-            raise UserError(f"tensor {path}.weight is quantized to {bits:g} bits in groups of {group_size:g}: unknown")
-        if isinstance(module, nn.Embedding):
-            return nn.QuantizedEmbedding(outputs, inputs, int(group_size), int(bits))
-        layer = QuantizedLinear(inputs, outputs, "bias" in module, int(group_size), int(bits))
-        for side in SIDE:
-            if f"{path}.{side}" in weights:
-                layer[side] = weights[f"{path}.{side}"]
-        return layer
-
-    leaves = tree_map_with_path(exchanged, model.leaf_modules(), is_leaf=nn.Module.is_module)
-    model.update_modules(leaves)
+        return {name: weight.astype(dtype) if is_floating(weight) else weight for name, weight in weights.items()}
 
 
 _made_streams: list[Any] = []
@@ -442,7 +304,7 @@ def _check(model: nn.Module, weights: dict[str, mx.array], directory: Path) -> N
     if extra := sorted(weights.keys() - wanted.keys()):
         raise UserError(f"{directory} holds tensors its config.json does not account for: {shown(extra)}")
     for name, weight in weights.items():
-        if not _is_floating(weight) and weight.dtype != wanted[name].dtype:  # float8 comes as uint8
+        if not is_floating(weight) and weight.dtype != wanted[name].dtype:  # float8 comes as uint8
             kind = str(weight.dtype).removeprefix("mlx.core.")
             raise UserError(f"{directory}: tensor {name} is stored as {kind}, which is not supported")
         if weight.shape != wanted[name].shape:

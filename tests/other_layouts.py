@@ -11,10 +11,10 @@ import random_models
 from mlx.utils import tree_flatten
 
 from stages import layouts
+from stages.joined import parted
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
-from stages.weights import parted
 
 Weights = dict[str, mx.array]
 FLOAT8_MOST = 448  # the largest float8 e4m3

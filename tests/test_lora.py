@@ -16,9 +16,10 @@ from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import LatentsManifest
 from orchestrator.inspect import read_recipe
 from stages.checkpoint import Checkpoint
+from stages.joined import parted
 from stages.lora import Lora, changes_in
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
-from stages.weights import load_weights, parted
+from stages.weights import load_weights
 
 SEED = int(os.environ.get("QWEN_STAGE_TEST_SEED") or secrets.randbelow(2**31))
 

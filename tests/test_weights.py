@@ -19,12 +19,13 @@ from artifacts_schema import cache
 from artifacts_schema.errors import UserError
 from stages import backend, memory, weights
 from stages.checkpoint import Checkpoint, weight_files
+from stages.joined import parted
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import VAEConfig
 from stages.modulation import Tables
 from stages.tensors import tensors_of
-from stages.weights import RowsOnDisk, Streamed, load_weights, parted, weights_of
+from stages.weights import RowsOnDisk, Streamed, load_weights, weights_of
 
 SEED = secrets.randbelow(2**31)  # printed with every failure, as part of an assertion
 
