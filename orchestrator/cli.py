@@ -15,12 +15,12 @@ from artifacts_schema import __version__
 from artifacts_schema.errors import UserError
 from orchestrator import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED, EXIT_SOME_FAILED
 from orchestrator.progress import Terminal, Voice
+from stages.model_name import COMPONENTS, PARTS
 
 if TYPE_CHECKING:
     from artifacts_schema.manifests import Settings
 
 MOST_MORE_SEEDS = 10_000
-PARTS = ("transformer", "text_encoder", "vae", "lora")  # what may be put into a model
 # of Qwen-Image-Lightning's authors
 PRESETS: dict[str, dict[str, float]] = {
     "lightning-4": {"steps": 4, "cfg": 1.0, "shift": 3.0},
@@ -262,8 +262,7 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
         if args.model:
             raise
         raise UserError(f"{picture} was made with {recipe.model!r}; say with --model where that is ({error})") from None
-    others = [name for name, found in recipe.fingerprints.items() if checkpoint.fingerprint(name) != found]
-    if others:
+    if others := checkpoint.other_than(recipe.fingerprints):
         _notice(f"{picture} was made with another {' and '.join(others)}: this picture will be another")
     if recipe.seed is None and not args.seed and args.noise is None:
         raise UserError(f"{picture} was made from a file of noise; give that with --noise, or a --seed")
@@ -674,7 +673,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_parts(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--lora", type=_text, action="append", metavar="FILE[:SCALE]", help=lora_help)
-        for kind in PARTS[:-1]:
+        for kind in COMPONENTS:
             option, what = f"--{kind.replace('_', '-')}", "VAE" if kind == "vae" else kind.replace("_", " ")
             parser.add_argument(option, type=_text, nargs=1, metavar="PATH", help=other_help.format(what))
 

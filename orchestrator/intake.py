@@ -104,10 +104,10 @@ class Intake(NamedTuple):
     def _checkpoint(self, recipe: Recipe, source: str) -> Checkpoint:
         try:
             checkpoint = open_checkpoint(following(self.model, recipe.model))
+            checkpoint.loras("transformer")  # pictures bring downloads about no more than drops do
         except UserError as error:
             raise UserError(f"{source} was made with {recipe.model!r}; start `watch` with --model ({error})") from None
-        others = [name for name, found in recipe.fingerprints.items() if checkpoint.fingerprint(name) != found]
-        if others:
+        if others := checkpoint.other_than(recipe.fingerprints):
             self.notice(f"{source} was made with another {' and '.join(others)}: this picture will be another")
         return checkpoint
 

@@ -156,7 +156,7 @@ class Rerun:
         embeddings = self._read(EmbeddingsManifest)
         prompts = embeddings.items if embeddings else ()
         negatives = {(item.prompt_key, item.negative_prompt): item.negative_key for item in prompts}
-        before = self._items()
+        before, latents = self._items(), self._read(LatentsManifest)
         for item, each in _changed(items, changes, negatives, _largest_seeds(before)):
             if each is not None:
                 keep = changes.keep_trajectory or bool(item.trajectory)
@@ -176,7 +176,10 @@ class Rerun:
         for (dtype, keep), group in _grouped(missing, lambda one: (one[0][1], one[1])):
             options = [*precision(dtype), *(["--keep-trajectory"] if keep else []), *self.options]
             lines = to_jsonl([each for (each, _), _ in group])
-            self._stage("denoise", f"--embeddings={self.run}", "--items=-", *self.model, *options, stdin=lines)
+            model = following(self.own_model, latents.model.name) if latents else None
+            self._stage(
+                "denoise", f"--embeddings={self.run}", "--items=-", *_option("--model", model), *options, stdin=lines
+            )
         made = {(as_wanted(item), item.dtype): item.key for item in self._items() if item.seed is not None}
         return [*keys, *(made[each] for each in wanted if each in made)]
 

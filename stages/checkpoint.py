@@ -1,6 +1,7 @@
 """A model's name -> its directory -> each component's config, fingerprint, and the tensors in its files.
 
-The layout is that of `Qwen/Qwen-Image`: `model_index.json`, `scheduler/ text_encoder/ tokenizer/ transformer/ vae/`.
+The layout is that of `Qwen/Qwen-Image`, `model_index.json` and `scheduler/ text_encoder/ tokenizer/ transformer/ vae/`,
+or one that `layouts.py` knows; components may come from elsewhere, and LoRAs with them.
 """
 
 import json
@@ -54,7 +55,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    name: str  # as manifests record it and --model takes it: the demo's name, a hub id, or an absolute path
+    name: str  # as manifests record it and --model takes it: see model_name.py
     directory: Path
     lora_files: tuple[tuple[str, float], ...] = ()  # as the name has them, and how strong each is
     others: dict[str, Path] = field(default_factory=dict, compare=False)  # components from elsewhere, as the name says
@@ -99,18 +100,19 @@ class Checkpoint:
         if path.is_file() or lacks_scheduler or not (path / file).exists():
             shapes = {name: tensor.shape for name, tensor in tensors_of(weight_files(path)).items()}
             names = layouts.renamed(shapes)
-            if path.is_file() or layouts.layout_of(shapes) != layouts.DIFFUSERS:
+            if path.is_file() or component in self.others or layouts.layout_of(shapes) != layouts.DIFFUSERS:
                 try:
                     return path, layouts.config_of(component, {names[name]: shapes[name] for name in names})
-                except (KeyError, ValueError) as error:
+                except (KeyError, ValueError, IndexError) as error:
                     raise UserError(f"{path} is no {component} of Qwen-Image: it lacks {error}") from None
         if lacks_scheduler:
             self.component(component)
         return path / file, read_json(path / file)
 
     def fingerprint(self, component: str) -> str:
-        if component == "scheduler" and not self.has(component):
-            return keys.sha256(msgspec.json.encode(self.fields(component)[1], order="deterministic"))
+        if component not in self._fingerprints and component == "scheduler" and not self.has(component):
+            said = msgspec.json.encode(self.fields(component)[1], order="deterministic")
+            self._fingerprints[component] = keys.sha256(said)
         if component not in self._fingerprints:
             suffixes = (".json", ".txt") if component == "tokenizer" else (".json", WEIGHTS_SUFFIX)
             place = self.component(component)
@@ -129,6 +131,17 @@ class Checkpoint:
         if component != "transformer":
             return []
         return [Lora(_lora_path(file), scale) for file, scale in self.lora_files]
+
+    def other_than(self, fingerprints: dict[str, str]) -> list[str]:
+        """Which components are other than those; what is not here cannot be told."""
+
+        def is_other(component: str) -> bool:
+            try:
+                return self.fingerprint(component) != fingerprints[component]
+            except Unavailable:
+                return False
+
+        return [component for component in fingerprints if is_other(component)]
 
     def model(self, *components: str) -> manifests.Model:
         """How manifests name this checkpoint. A component that is not there has no fingerprint."""
@@ -203,11 +216,13 @@ def open_checkpoint(model: str | None, fetching: Fetching | None = None) -> Chec
 
     What `fetching` names is downloaded if the Hugging Face cache lacks it; without it, what is there must do.
     """
+    if model == "":
+        raise Unavailable("the model's name is empty; leave --model out, or name one")
     said = ModelName.parse(model or "")
     if not said.checkpoint:
         said = ModelName.parse(following(model, default()))
     loras = tuple(_lora(each, fetching) for each in said.of(LORA))
-    others = {kind: _component(kind, place) for kind, place in said.parts if kind != LORA}
+    others = {kind: _component(kind, place, fetching) for kind, place in said.parts if kind != LORA}
     parts = (
         *((kind, str(place)) for kind, place in others.items()),
         *((LORA, f"{file}:{scale!r}") for file, scale in loras),
@@ -256,7 +271,8 @@ def _on_hub(repository: hub.Repository, fetching: Fetching | None, without: froz
         parts = Checkpoint(str(repository), directory) if directory else None
         needed = hub.needed((stage,), without)
         has_parts = parts is not None and all(
-            parts.has(component) or (component == "scheduler" and _is_foreign(parts)) for component in needed
+            parts.has(component) or (component == "scheduler" and ("transformer" in without or _is_foreign(parts)))
+            for component in needed
         )
         return has_parts and hub.has_files(repository, needed)
 
@@ -275,11 +291,18 @@ def _is_foreign(checkpoint: Checkpoint) -> bool:
     return layouts.layout_of(tensors) != layouts.DIFFUSERS
 
 
-def _component(kind: str, said: str) -> Path:
-    """Where a component from elsewhere is."""
-    path = Path(said)  # the shell has expanded ~
+def _is_for_pictures(fetching: Fetching | None) -> bool:
+    """Whether all is for a stage that needs the VAE alone: what went into latents may be gone by now."""
+    return fetching is not None and fetching.stages == ("decode",)
+
+
+def _component(kind: str, said: str, fetching: Fetching | None) -> Path:
+    """Where a component from elsewhere is: not where its links lead to, which may have no names there."""
+    path = Path(said).absolute()  # the shell has expanded ~
     if path.is_file() or (path.is_dir() and any(path.glob(f"*{WEIGHTS_SUFFIX}"))):
-        return path.resolve()
+        return path
+    if kind != "vae" and _is_for_pictures(fetching):
+        return path
     what = f"holds no {WEIGHTS_SUFFIX} file" if path.is_dir() else "is not there"
     raise Unavailable(
         f"--{kind.replace('_', '-')} {said}: {what}; give a {WEIGHTS_SUFFIX} file, or a directory of them"
@@ -290,8 +313,8 @@ def _lora(said: str, fetching: Fetching | None) -> tuple[str, float]:
     """A LoRA's file, an absolute path or one on the hub, and how strong it is; downloaded if `fetching` says so."""
     file, scale = (said, 1.0) if Path(said).is_file() else parse_scale(said)
     path = Path(file)  # the shell has expanded ~
-    if path.is_file():
-        return str(path.resolve()), scale
+    if path.is_file() or (path.is_absolute() and _is_for_pictures(fetching)):
+        return str(path.absolute()), scale
     if (remote := hub.remote_file(file)) is None:
         raise Unavailable(f"--lora {said}: no such file; give one, or OWNER/NAME/FILE.safetensors on the hub")
     if fetching and "denoise" in fetching.stages:

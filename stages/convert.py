@@ -22,7 +22,6 @@ from stages.checkpoint import (
     open_checkpoint,
     weight_files,
 )
-from stages.lora import applied
 from stages.measure import Notice, Report
 from stages.memory import gigabytes
 from stages.tensors import NUMBERS, WEIGHTS_SUFFIX, Tensor, tensors_of
@@ -65,6 +64,8 @@ def convert(
     from stages.quantized import GROUP_SIZE
 
     source = open_checkpoint(model)
+    if source.others or source.lora_files:
+        raise UserError("convert a checkpoint itself; LoRAs and components from elsewhere can be put in afterwards")
     place = target.resolve()
     if place.is_relative_to(source.directory) or source.directory.is_relative_to(place):
         raise UserError(f"{target} lies in the original, or around it; choose another place")
@@ -77,7 +78,7 @@ def convert(
         for name, each in wanted.items()
     ]
     disk.make_directory(target)
-    others = _others(source, set(wanted))
+    others = _others(source.directory, set(wanted))
     needed = sum(component.missing_bytes() for component in components)
     needed += sum(path.stat().st_size for path in others if path.stat().st_dev != target.stat().st_dev)
     if needed > (free := shutil.disk_usage(target).free):
@@ -88,8 +89,8 @@ def convert(
                 disk.sweep(directory)
             if not (target / RECORD).exists():
                 disk.publish(target, RECORD, record)
-            for number, (path, name) in enumerate(others.items(), 1):
-                place = target / name
+            for number, path in enumerate(others, 1):
+                place = target / path.relative_to(source.directory)
                 disk.make_directory(place.parent)
                 disk.bring(path, place, link=path.suffix == WEIGHTS_SUFFIX)
                 report("take over", number, len(others))
@@ -114,18 +115,14 @@ class Component:
         self.model = models[quantization.component]
         self.quantization, self.target = quantization, target
         self.source = checkpoint.component(quantization.component)
-        self.loras = checkpoint.loras(quantization.component)
         self.files = weight_files(self.source)
         stored = tensors_of(self.files)
         names = layouts.renamed(stored)
-        scales = [new for new in names.values() if new.endswith(layouts.SCALES)]
-        self.tensors = {new: stored[old] for old, new in names.items() if new not in scales}
-        self.float8 = {old for old in names if stored[old].dtype == layouts.FLOAT8}
+        self.tensors = {new: stored[old] for old, new in names.items()}
         self.config = checkpoint.fields(quantization.component)[1]
         if packed := [name for name in self.tensors if name.endswith(".scales")]:
             raise UserError(f"{self.source} is quantized already ({packed[0]}); convert the original")
-        known = (*NUMBERS, layouts.FLOAT8)
-        if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in known]:
+        if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in NUMBERS]:
             kind = self.tensors[odd[0]].dtype
             raise UserError(f"{self.source}: tensor {odd[0]} is stored as {kind}, which cannot be quantized")
         layers: dict[int, list[str]] = defaultdict(list)
@@ -163,8 +160,8 @@ class Component:
             notice(f"{len(there)} of {len(self.parts)} files of {self.target} are there already")
         unread: dict[str, mx.array] = {}
         for file in self.files:
-            unread.update(mx.load(str(file)))
-        unread = applied(layouts.standard(unread, self.float8, as_stored=False), self.loras)
+            unread.update(mx.load(str(file), format="safetensors"))
+        unread = layouts.standard(unread, set(), as_stored=False)
         for number, (part, name) in enumerate(zip(self.parts, self.names, strict=True)):
             own = {each: unread.pop(each) for each in part}
             if number not in there:
@@ -232,13 +229,7 @@ def _refuse_strangers(target: Path, record: bytes) -> None:
         raise UserError(f"{target} holds something else already; choose another place")
 
 
-def _others(source: Checkpoint, converted: set[str]) -> dict[Path, Path]:
-    """The files of a checkpoint that stay as they are, and where in it they are."""
-    own = set(COMPONENTS) - converted - source.others.keys()
-    inner = [path for path in source.directory.glob("*/*") if path.parent.name in own]
-    found = {path: path.relative_to(source.directory) for path in sorted([*source.directory.iterdir(), *inner])}
-    for component in source.others.keys() - converted:
-        place = source.component(component)
-        paths = [place] if place.is_file() else sorted(place.iterdir())
-        found |= {path: Path(component) / path.name for path in paths}
-    return {path: name for path, name in found.items() if path.is_file() and not path.name.startswith(".")}
+def _others(source: Path, converted: set[str]) -> list[Path]:
+    """The files of a checkpoint that stay as they are."""
+    inner = [path for path in source.glob("*/*") if path.parent.name in set(COMPONENTS) - converted]
+    return sorted(path for path in [*source.iterdir(), *inner] if path.is_file() and not path.name.startswith("."))

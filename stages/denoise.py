@@ -34,7 +34,7 @@ from stages import memory
 from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, Fetching, default_dtype, has_cuda, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, forget_peak, versions
-from stages.model_name import following
+from stages.model_name import ModelName, following
 from stages.modulation import Sigmas, Tables
 from stages.preview import Preview
 from stages.scheduler import SchedulerConfig
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 CODE_VERSION = 1  # raised whenever the same inputs would give other latents
 # image tokens of a pass up to which it is faster to have the negative prompts in it, by a tenth at 512x512, on CUDA
 TOGETHER_TOKENS = 2304
-LIGHTNING = re.compile(r"lightning.*?\b([48])[-_ ]?steps?\b", re.IGNORECASE)  # in the names of such checkpoints' files
+LIGHTNING = re.compile(
+    r"lightning.*?(?<!\d)([48])[-_ ]?steps?", re.IGNORECASE
+)  # in the names of such checkpoints' files
 CHECKPOINT_SHARE = 0.01  # of the time may go into saving what a kill would lose
 FIRST_SAVE_SECONDS = 0.02  # what a save takes, until one was measured: the first comes after two seconds
 
@@ -466,12 +468,13 @@ def _states(
 
 def _lightning_hint(model: str, jobs: list[Job]) -> str | None:
     """What to do, where a checkpoint or a LoRA is by its name made for few steps, and more are to be taken."""
-    if not (found := LIGHTNING.search(model)):
-        return None
-    steps = int(found[1])
-    if all(job.settings.steps == steps and not job.settings.guided for job in jobs):
-        return None
-    return f"{found.string.rpartition('/')[2]} is made for {steps} steps without guidance: --preset lightning-{steps}"
+    name = ModelName.parse(model)
+    files = [value.rpartition("/")[2] for value in (name.checkpoint, *(value for _, value in name.parts))]
+    for found in filter(None, map(LIGHTNING.search, files)):
+        steps = int(found[1])
+        if any(job.settings.steps != steps or job.settings.guided for job in jobs):
+            return f"{found.string} is made for {steps} steps without guidance: --preset lightning-{steps}"
+    return None
 
 
 def _guides_together(jobs: list[Job]) -> bool:

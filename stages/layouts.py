@@ -131,21 +131,36 @@ def standard(weights: "Mapping[str, mx.array]", float8: set[str], as_stored: boo
     for name, new in names.items():
         weight = weights[name]
         if name in float8 and not as_stored:
-            scale = next((weights[other] for other in (name.removesuffix(".weight") + end for end in SCALES)
-                          if other in weights), None)  # fmt: skip
+            others = (name.removesuffix(".weight") + end for end in SCALES)
+            scales = [scale_of(weights[other], weight.shape, other) for other in others if other in weights]
             weight = mx.from_fp8(weight, mx.float32)
-            weight = weight if scale is None else weight * scale.astype(mx.float32)
+            for scale in scales:
+                weight = weight * scale
+        elif name.endswith(SCALES) and f"{name.rpartition('.')[0]}.weight" not in float8:
+            raise UserError(f"the checkpoint holds {name}, which scales no float8 weight: a layout that is not known")
         if layout.channels_last and weight.ndim in (4, 5):
             weight = mx.moveaxis(weight, -1, 1)
         made[new] = weight
     return {new: weight for new, weight in made.items() if not new.endswith(SCALES)}
 
 
+def scale_of(scale: "mx.array", shape: tuple[int, ...], name: str) -> "mx.array":
+    """A float8 weight's scale, of all of it or of each row, to multiply that with."""
+    import mlx.core as mx
+
+    if scale.size == 1:
+        return scale.reshape(()).astype(mx.float32)
+    if scale.size == shape[0] and scale.shape in ((shape[0],), (shape[0], 1)):
+        return scale.reshape(-1, *[1] * (len(shape) - 1)).astype(mx.float32)
+    raise UserError(f"the checkpoint holds {name} of shape {scale.shape} for a weight of {shape}, which is not known")
+
+
 def config_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """A component's config, by its tensors' names and shapes as diffusers has them. KeyError names one that lacks."""
     if component == "scheduler":
         return SCHEDULER
-    layers = 1 + max(int(found[1]) for name in shapes if (found := re.search(r"(?:layers|_blocks)\.(\d+)\.", name)))
+    numbers = [int(found[1]) for name in shapes if (found := re.search(r"(?:layers|_blocks)\.(\d+)\.", name))]
+    layers = 1 + max(numbers, default=-1)
     if component == "transformer":
         head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
         if head_dim != HEAD_DIM:

@@ -4,15 +4,17 @@ Files of several programs are read: they agree on the two matrices and differ in
 weights are quantized keeps the two beside it: so small a change to weights that lie on a grid would be rounded away.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from artifacts_schema import keys
 from artifacts_schema.errors import UserError
-from stages.tensors import Tensor, checked_tensors, metadata_of, shown
+from stages.tensors import NUMBERS, Tensor, checked_tensors, metadata_of, shown
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -24,6 +26,7 @@ ALPHA = (".alpha",)
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 FLAT_PREFIX = "lora_unet_"  # kohya's, and then the layer's name with underscores for dots
 ADAPTER = "lora_adapter_metadata"  # where diffusers says what PEFT was told, if it does: the alpha of all layers
+MOST_ALPHA = 1e6
 SIDE = ("lora_a", "lora_b")  # parameters of a quantized layer: [rank, in] and [out, rank]
 
 
@@ -32,7 +35,9 @@ class Lora(NamedTuple):
     scale: float
 
     def fingerprint(self) -> str:
-        return keys.fingerprint([self.path])
+        """Of all that the file holds: a sample could miss the alphas."""
+        said = self.path.stat()
+        return _sha256(self.path, said.st_size, said.st_mtime_ns)
 
 
 class Change(NamedTuple):
@@ -41,6 +46,12 @@ class Change(NamedTuple):
     down: str  # [rank, in]
     up: str  # [out, rank]
     alpha: str | None = None  # a number: the change counts alpha / rank times
+
+
+@cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_scale(said: str) -> tuple[str, float]:
@@ -86,8 +97,12 @@ def changes_in(path: Path, layers: dict[str, tuple[int, int | None]]) -> dict[st
             raise UserError(f"{path} holds {next(iter(parts.values()))} without the other half; download it again")
         changes[layer] = change = Change(**parts)
         down, up = tensors[change.down].shape, tensors[change.up].shape
+        if odd := [name for name in parts.values() if tensors[name].dtype not in NUMBERS]:
+            raise UserError(f"{path}: {odd[0]} is stored as {tensors[odd[0]].dtype}, which no LoRA is read in")
+        if change.alpha and prod(tensors[change.alpha].shape) != 1:
+            raise UserError(f"{path}: {change.alpha} is no single number; download it again")
         outputs, inputs = layers[layer]
-        if len(down) != 2 or len(up) != 2 or up != (outputs, down[0]) or down[1] != (inputs or down[1]):
+        if len(down) != 2 or len(up) != 2 or 0 in down or up != (outputs, down[0]) or down[1] != (inputs or down[1]):
             raise UserError(
                 f"{path}: {up} x {down} does not fit {layer}, {outputs} x {inputs}; is it for another model?"
             )
@@ -98,23 +113,25 @@ def applied(weights: "dict[str, mx.array]", loras: Sequence[Lora]) -> "dict[str,
     """Weights by their names in the checkpoint, unread, with the LoRAs in them; unread as well."""
     import mlx.core as mx
 
-    made = dict(weights)
+    halves: dict[str, tuple[list[mx.array], list[mx.array]]] = {}
     for lora in loras:
         changes = changes_in(lora.path, layers_of(weights))
         alpha_of_all = _alpha_of_all(lora.path)
-        loaded = mx.load(str(lora.path))
+        loaded = mx.load(str(lora.path), format="safetensors")
         for layer, change in changes.items():
             down, up = (loaded[name].astype(mx.float32) for name in (change.down, change.up))
-            alpha = loaded[change.alpha].astype(mx.float32) if change.alpha else alpha_of_all or len(down)
-            down = down * (lora.scale * alpha / len(down))
-            if f"{layer}.scales" not in weights:
-                weight = made[f"{layer}.weight"]
-                made[f"{layer}.weight"] = (weight.astype(mx.float32) + up @ down).astype(weight.dtype)
-            else:
-                name_a, name_b = (f"{layer}.{side}" for side in SIDE)
-                before = [made[name] for name in (name_a, name_b) if name in made]
-                made[name_a] = mx.concatenate([*before[:1], down], axis=0)
-                made[name_b] = mx.concatenate([*before[1:], up], axis=1)
+            alpha = loaded[change.alpha].astype(mx.float32).reshape(()) if change.alpha else alpha_of_all or len(down)
+            downs, ups = halves.setdefault(layer, ([], []))
+            downs.append(down * (lora.scale * alpha / len(down)))
+            ups.append(up)
+    made = dict(weights)
+    for layer, (downs, ups) in halves.items():
+        all_down, all_up = mx.concatenate(downs, axis=0), mx.concatenate(ups, axis=1)
+        if f"{layer}.scales" in weights:
+            made |= dict(zip((f"{layer}.{side}" for side in SIDE), (all_down, all_up), strict=True))
+        else:
+            weight = weights[f"{layer}.weight"]
+            made[f"{layer}.weight"] = (weight.astype(mx.float32) + all_up @ all_down).astype(weight.dtype)
     return made
 
 
@@ -135,7 +152,10 @@ def layers_of(weights: "Mapping[str, mx.array | Tensor]") -> dict[str, tuple[int
 def _alpha_of_all(path: Path) -> float | None:
     try:
         said = json.loads(metadata_of(path)[ADAPTER])
-        alpha = next(value for name, value in said.items() if name.rpartition(".")[2] == "lora_alpha")
-    except (KeyError, ValueError, AttributeError, StopIteration):
+        said = {name.rpartition(".")[2]: value for name, value in said.items()}
+    except (KeyError, ValueError, AttributeError, RecursionError):
         return None
-    return alpha if isinstance(alpha, int | float) and math.isfinite(alpha) else None
+    if unknown := [name for name in ("alpha_pattern", "use_rslora", "use_dora") if said.get(name)]:
+        raise UserError(f"{path} asks for {unknown[0]}, which is not known here; merge it into the model elsewhere")
+    alpha = said.get("lora_alpha")
+    return float(alpha) if isinstance(alpha, int | float) and abs(alpha) < MOST_ALPHA else None

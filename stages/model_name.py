@@ -29,7 +29,7 @@ class ModelName(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "ModelName":
         checkpoint, mark, parts = name.partition("?")
-        if not mark or Path(name).is_dir():
+        if not mark or _is_directory(name):
             return cls(name)
         pairs: list[tuple[str, str]] = []
         for part in parts.split("&"):
@@ -59,8 +59,10 @@ class ModelName(NamedTuple):
 
 def put_together(model: str | None, parts: Iterable[tuple[str, str]]) -> str | None:
     """What the command line says, as one name; None where it says nothing."""
-    name = ModelName.parse(model or "")
-    return str(name._replace(parts=(*name.parts, *parts))) or None
+    name, own = ModelName.parse(model or ""), tuple(parts)
+    components = {kind for kind, _ in own if kind != LORA}
+    kept = tuple(part for part in name.parts if part[0] not in components)
+    return str(name._replace(parts=(*kept, *own))) or None
 
 
 def default() -> str:
@@ -89,8 +91,20 @@ def _settings() -> Path:
 
 
 def following(model: str | None, before: str) -> str:
-    """The name of a stage's model, where the stage before had one called `before`."""
-    name = ModelName.parse(model or "")
+    """The name of a stage's model, where the stage before had one called `before`.
+
+    Parts that it names come in place of those before: a VAE of the VAE, LoRAs of all LoRAs.
+    """
+    name, earlier = ModelName.parse(model or ""), ModelName.parse(before)
     if name.checkpoint:
         return str(name)
-    return str(ModelName.parse(before)._replace(parts=name.parts)) if name.parts else before
+    kinds = {kind for kind, _ in name.parts}
+    kept = tuple(part for part in earlier.parts if part[0] not in kinds)
+    return str(earlier._replace(parts=(*kept, *name.parts)))
+
+
+def _is_directory(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long for one
+        return False

@@ -104,7 +104,7 @@ class Preview:
     @classmethod
     def of(cls, path: Path, checkpoint: Checkpoint) -> "Preview | None":
         """None if nothing was learned of the checkpoint's VAE yet."""
-        if not (checkpoint.directory / "vae").is_dir():  # denoising needs none
+        if not checkpoint.has("vae"):  # denoising needs none
             return None
         fit = Fit.of(checkpoint)
         return None if fit.moments is None else cls(path, fit)

@@ -23,11 +23,13 @@ from stages.joined import alike, joined, parted
 from stages.lora import SIDE, Lora, applied
 from stages.measure import Report
 from stages.memory import Weights
-from stages.quantized import GROUP_SIZE, QUANTIZED_PARTS, exchange_quantized, is_floating, quantized_weights
+from stages.quantized import QUANTIZED_PARTS, exchange_quantized, is_floating, quantized_weights
 from stages.tensors import Tensor, shown, tensors_of
 
 # as safetensors calls them
 NUMBERS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, layouts.FLOAT8: mx.uint8}
+
+LORA_LAYERS = 4  # as much as so many: what LoRAs make of one on the way, in float32
 
 _loaded: dict[tuple[Any, ...], tuple[bool, Any]] = {}  # the last model by its key, and whether it is streamed
 
@@ -98,11 +100,12 @@ def weights_of(
         (size(own), size(read))
         for own, read in zip(*[_by_layer(w, layers).values() for w in (kept, stored)], strict=True)
     ]
+    changed = LORA_LAYERS * max((max(sizes) for sizes in layer_sizes), default=0) if loras else 0
     return Weights(
         whole=size(kept),
         layers=sum(own for own, _ in layer_sizes),
         layer=max((own for own, _ in layer_sizes), default=0),
-        stored_layer=max((read for own, read in layer_sizes if own != read), default=0),
+        stored_layer=changed + max((read for own, read in layer_sizes if own != read), default=0),
         stored=size(stored),
     )
 
@@ -136,7 +139,7 @@ def load_weights(
     for name in getattr(model, "ROWS_ON_DISK", ()):
         for part in QUANTIZED_PARTS:
             weights.pop(f"{name}.{part}", None)
-        setattr(model, name, RowsOnDisk(_stored_table(files.paths, model, name), dtype))
+        setattr(model, name, _rows_on_disk(files.paths, model, name, dtype))
     model.load_weights(list(weights.items()))
     if layers := getattr(model, "LAYERS", None):
         if stream:
@@ -211,20 +214,23 @@ def _evaluated(layer: nn.Module) -> Callable[..., Any]:
 class RowsOnDisk:
     """An embedding table of which only the rows are read that are looked up. It may be quantized, as MLX does it."""
 
-    def __init__(self, table: dict[str, Tensor], dtype: mx.Dtype) -> None:
-        """`table` has its `weight`, and `scales` and `biases` if that is quantized."""
-        self.table, self.dtype = table, dtype
+    def __init__(
+        self, table: dict[str, Tensor], dtype: mx.Dtype, form: dict[str, int], scale: mx.array | None = None
+    ) -> None:
+        """`table` has its `weight`, and `scales` and `biases` if that is quantized, as `form` says; `scale` is that of
+        a float8 table: of all of it, or [rows, 1]."""
+        self.table, self.dtype, self.form, self.scale = table, dtype, form, scale
 
     def __call__(self, ids: list[int]) -> mx.array:
         """[len(ids), dim]"""
         rows = {part: _rows(tensor, ids) for part, tensor in self.table.items()}
         weight = rows["weight"]
-        if len(rows) > 1:
-            columns, groups = weight.shape[1], rows["scales"].shape[1]
-            form = {"group_size": GROUP_SIZE, "bits": 32 * columns // (groups * GROUP_SIZE)}
-            weight = mx.dequantize(weight, rows["scales"], rows["biases"], **form)
+        if self.form:
+            weight = mx.dequantize(weight, rows["scales"], rows["biases"], **self.form)
         elif self.table["weight"].dtype == layouts.FLOAT8:
             weight = mx.from_fp8(weight, mx.float32)
+        if self.scale is not None:
+            weight = weight * (self.scale[mx.array(ids)] if self.scale.ndim else self.scale)
         return weight.astype(self.dtype)
 
 
@@ -233,10 +239,18 @@ def _joined(weights: dict[str, mx.array], model: Any) -> dict[str, mx.array]:
         return joined(weights, model)
 
 
-def _stored_table(files: list[Path], model: Any, name: str) -> dict[str, Tensor]:
+def _rows_on_disk(files: list[Path], model: Any, name: str, dtype: mx.Dtype) -> RowsOnDisk:
+    """What looks up the rows of the model's table of that name, which has the form that they are stored in."""
     stored = tensors_of(files)
-    tensors = model.sanitize({new: stored[old] for old, new in layouts.renamed(stored).items()})
-    return {part: tensors[f"{name}.{part}"] for part in QUANTIZED_PARTS if f"{name}.{part}" in tensors}
+    tensors = model.sanitize({new: (old, stored[old]) for old, new in layouts.renamed(stored).items()})
+    table = {part: tensors[f"{name}.{part}"][1] for part in QUANTIZED_PARTS if f"{name}.{part}" in tensors}
+    module = getattr(model, name)
+    form = {"group_size": module.group_size, "bits": module.bits} if "scales" in table else {}
+    scale = None
+    for old, tensor in (tensors[f"{name}{end}"] for end in layouts.SCALES if f"{name}{end}" in tensors):
+        scale = mx.load(str(tensor.file), format="safetensors")[old]
+        scale = layouts.scale_of(scale, table["weight"].shape, old)
+    return RowsOnDisk(table, dtype, form, scale)
 
 
 def _rows(table: Tensor, ids: list[int]) -> mx.array:
@@ -261,8 +275,10 @@ class Files(NamedTuple):
     @classmethod
     def of(cls, directory: Path, loras: Sequence[Lora]) -> "Files":
         paths = weight_files(directory)
-        float8 = {name for name, tensor in tensors_of(paths).items() if tensor.dtype == layouts.FLOAT8}
-        return cls(paths, float8, loras)
+        tensors = tensors_of(paths)
+        if sides := sorted(name for name in tensors if name.endswith(SIDE)):
+            raise UserError(f"{directory} holds tensors its config.json does not account for: {shown(sides)}")
+        return cls(paths, {name for name, tensor in tensors.items() if tensor.dtype == layouts.FLOAT8}, loras)
 
 
 def _lazy(files: Files, model: Any, dtype: mx.Dtype | None, bits: int | None) -> dict[str, mx.array]:
@@ -271,7 +287,7 @@ def _lazy(files: Files, model: Any, dtype: mx.Dtype | None, bits: int | None) ->
     weights: dict[str, mx.array] = {}
     for file in files.paths:
         try:
-            weights.update(mx.load(str(file), stream=reader))
+            weights.update(mx.load(str(file), format="safetensors", stream=reader))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
     with mx.stream(converter):

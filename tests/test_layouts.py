@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from artifacts_schema import store
 from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
+from orchestrator.inspect import read_recipe
 
 SEED = int(os.environ.get("QWEN_STAGE_TEST_SEED") or secrets.randbelow(2**31))
 
@@ -118,6 +120,46 @@ def test_float8(made, original, tmp_path, spelling, quantize):
     same = other_layouts.with_weights(original, tmp_path / "same", "transformer", full)
     one = made([f"--model={original}", f"--transformer={tmp_path / 'float8.safetensors'}"], *quantize)
     one.assert_close_to(made(f"--model={same}", *quantize), 1e-6)
+
+
+def test_a_float8_text_encoder(made, original, tmp_path):
+    """Its table of embeddings as well, whose rows are read one by one."""
+    plain = other_layouts.read(original, "text_encoder")
+    packed, full, names = other_layouts.float8(plain, "scale_weight", lambda name: name.startswith("model."))
+    other_layouts.save_float8(tmp_path / "float8.safetensors", packed, names)
+    same = other_layouts.with_weights(original, tmp_path / "same", "text_encoder", full)
+    one = made([f"--model={original}", f"--text-encoder={tmp_path / 'float8.safetensors'}"])
+    one.assert_close_to(made(f"--model={same}"), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "packed", "words"), [((3,), True, "of shape (3,)"), ((), False, "which scales no float8 weight")]
+)
+def test_scales_that_are_not_known_are_an_error(qwen_stage, original, tmp_path, shape, packed, words):
+    name = "transformer_blocks.0.attn.to_q.weight"
+    weights = other_layouts.read(original, "transformer")
+    weights, _, names = other_layouts.float8(weights, None, lambda each: packed and each == name)
+    weights[name.removesuffix("weight") + "weight_scale"] = mx.ones(shape)
+    other_layouts.save_float8(tmp_path / "float8.safetensors", weights, names)
+    (tmp_path / "p.txt").write_text("a")
+    assert qwen_stage("encode", "p.txt", f"--model={original}", "--out=run").code == 0
+    result = qwen_stage("denoise", "--embeddings=run", f"--transformer={tmp_path / 'float8.safetensors'}", "--steps=1")
+    assert (result.code, words in result.err, result.err.count("error")) == (2, True, 1), result.err
+
+
+def test_another_vae_for_pictures_that_had_one(qwen_stage, made, original, tmp_path):
+    other = other_layouts.write(tmp_path / "other", SEED + 1)
+    (tmp_path / "p.txt").write_text("a red circle")
+    assert qwen_stage("encode", "p.txt", f"--model={original}", "--out=run").code == 0
+    assert qwen_stage("denoise", "--embeddings=run", "--steps=1", "--size=32x32").code == 0
+    (path,) = qwen_stage("decode", "run", f"--vae={other / 'vae'}").out
+    assert read_recipe(Path(path)).model == f"{original.name}?vae=vae"
+
+
+def test_only_whole_checkpoints_are_converted(qwen_stage, original, tmp_path):
+    result = qwen_stage("models", "convert", f"{original}?vae={original / 'vae'}", tmp_path / "small", "--quantize=4")
+    assert (result.code, "convert a checkpoint itself" in result.err) == (2, True)
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_vae_in_a_directory(made, original, tmp_path):

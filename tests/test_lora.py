@@ -1,5 +1,6 @@
 """LoRAs: every spelling is the same change, strangers are errors, and quantized models keep them whole."""
 
+import json
 import os
 import secrets
 import shutil
@@ -19,7 +20,7 @@ from stages.checkpoint import Checkpoint
 from stages.joined import parted
 from stages.lora import Lora, changes_in
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
-from stages.weights import load_weights
+from stages.weights import load_weights, weights_of
 
 SEED = int(os.environ.get("QWEN_STAGE_TEST_SEED") or secrets.randbelow(2**31))
 
@@ -120,6 +121,96 @@ def test_what_has_no_place_is_an_error(small_model, tmp_path, spoil, words):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=words):
         loaded(QwenImageTransformer2DModel, small_model, (tmp_path / "lora.safetensors", 1.0))
+
+
+def float8(tensors, first):
+    name = f"transformer.{first}.lora_A.weight"
+    tensors[name] = np.zeros(tensors[name].shape, np.uint8)
+
+
+def alphas(tensors, first):
+    tensors[f"transformer.{first}.alpha"] = np.ones(3, np.float32)
+
+
+def rankless(tensors, first):
+    for end in ("lora_A", "lora_B"):
+        name = f"transformer.{first}.{end}.weight"
+        outputs, inputs = tensors[name].shape
+        tensors[name] = np.zeros((0, inputs) if end == "lora_A" else (outputs, 0), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(float8, "stored as U8, which no LoRA is"), (alphas, "no single number"), (rankless, "does not fit")],
+)
+def test_numbers_that_are_none_of_a_lora_are_an_error(small_model, tmp_path, spoil, words):
+    test_what_has_no_place_is_an_error(small_model, tmp_path, spoil, words)
+
+
+@pytest.mark.parametrize("said", ["use_rslora", "alpha_pattern"])
+def test_what_peft_would_do_otherwise_is_an_error(small_model, tmp_path, said):
+    plain = loras.write(tmp_path / "plain.safetensors", loras.drawn(small_model, SEED))
+    config = json.dumps({f"transformer.{said}": {"to_q": 3}})
+    save_file(load_file(plain), tmp_path / "said.safetensors", {"lora_adapter_metadata": config})
+    with pytest.raises(UserError, match=said):
+        loaded(QwenImageTransformer2DModel, small_model, (tmp_path / "said.safetensors", 1.0))
+
+
+def test_every_byte_of_a_lora_counts(tmp_path):
+    """The first block of a large file is a header, and alphas are small and lie behind it."""
+    prints = []
+    for alpha in (1.0, 8.0):
+        tensors = {f"layer{n:04}.lora_down.weight": np.ones((4, 1024), np.float32) for n in range(200)}
+        tensors |= {f"layer{n:04}.alpha": np.array(alpha, np.float32) for n in range(200)}
+        save_file(tensors, tmp_path / "lora.safetensors")
+        prints.append(Lora(tmp_path / "lora.safetensors", 1.0).fingerprint())
+    assert prints[0] != prints[1]
+
+
+def test_a_link_to_a_file_of_another_name(qwen_stage, golden, tmp_path):
+    """As the hub's cache has them."""
+    blob = loras.write(tmp_path / "made.safetensors", loras.drawn(golden("demo").checkpoint, SEED))
+    blob.rename(tmp_path / "0123abcd")
+    (tmp_path / "link.safetensors").symlink_to("0123abcd")
+    pictures(qwen_stage, tmp_path, "run", "--lora=link.safetensors")
+
+
+def test_pictures_are_decoded_after_the_lora_is_gone(qwen_stage, golden, tmp_path):
+    loras.write(tmp_path / "a.safetensors", loras.drawn(golden("demo").checkpoint, SEED))
+    pictures(qwen_stage, tmp_path, "run", "--lora=a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    assert qwen_stage("decode", "run", "--out=other").code == 0
+    result = qwen_stage("denoise", "--embeddings=run", "--seed=4", "--steps=3", "--size=64x64")
+    assert (result.code, "no such file" in result.err) == (2, True)
+
+
+def test_a_run_is_repaired_with_the_lora_that_only_denoise_was_given(qwen_stage, golden, tmp_path):
+    loras.write(tmp_path / "a.safetensors", loras.drawn(golden("demo").checkpoint, SEED))
+    (tmp_path / "p.txt").write_text("a red circle")
+    assert qwen_stage("encode", "p.txt", "--out=run").code == 0
+    denoise = ["denoise", "--embeddings=run", "--steps=3", "--size=64x64", "--lora=a.safetensors"]
+    assert qwen_stage(*denoise).code == 0
+    (directory,) = (tmp_path / "run/latents").glob("*.zarr")
+    before = {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    shutil.rmtree(directory)
+    assert qwen_stage("rerun", "run").code == 0
+    assert {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_what_loras_take_on_the_way_is_told(golden, tmp_path):
+    demo = golden("demo").checkpoint
+    files = [(loras.write(tmp_path / f"{n}.safetensors", loras.drawn(demo, n, share=1.0)), 1.0) for n in range(3)]
+    told = weights_of(
+        demo / "transformer", QwenImageTransformer2DModel, mx.bfloat16, loras=[Lora(*file) for file in files]
+    )
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = QwenImageTransformer2DModel(Checkpoint("test", demo).config("transformer", TransformerConfig))
+    load_weights(
+        model, demo / "transformer", mx.bfloat16, loras=[Lora(*file) for file in files], report=lambda *_: None
+    )
+    assert mx.get_peak_memory() - before <= told.whole + told.stored_layer
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 100])

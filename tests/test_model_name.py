@@ -24,6 +24,9 @@ def test_names_hold_all_that_a_model_is():
     assert following(None, "demo?lora=a") == "demo?lora=a"
     assert following("?lora=b", "demo?lora=a") == "demo?lora=b"
     assert following("other", "demo?lora=a") == "other"
+    assert following("?lora=b", "demo?text_encoder=t&lora=a&vae=v") == "demo?text_encoder=t&vae=v&lora=b"
+    assert following("?vae=w", "demo?text_encoder=t&lora=a&vae=v") == "demo?text_encoder=t&lora=a&vae=w"
+    assert put_together("demo?vae=v&lora=a", [("vae", "w"), ("lora", "b")]) == "demo?lora=a&vae=w&lora=b"
     assert str(ModelName("/models/x", (("lora", "/y/z.safetensors:1.0"),)).for_others()) == "x?lora=z.safetensors:1.0"
     with pytest.raises(UserError, match="after the"):
         open_checkpoint("demo?what=this")
@@ -74,6 +77,22 @@ def test_a_choice_that_cannot_be_read_is_said(qwen_stage, tmp_path):
     result = qwen_stage("encode", "p.txt")
     assert result.code == 2
     assert "choose with `models use NAME`" in result.err
+
+
+def test_an_empty_name_is_none(qwen_stage, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle")
+    for command in (["encode", "p.txt", "--model="], ["models", "show", ""]):
+        result = qwen_stage(*command)
+        assert (result.code, "the model's name is empty" in result.err) == (2, True)
+
+
+def test_long_names_are_names(qwen_stage, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle")
+    files = [tmp_path / f"{number}{'字' * 70}.safetensors" for number in range(4)]
+    for file in files:
+        file.touch()
+    result = qwen_stage("encode", "p.txt", "--out=run", *(f"--lora={file.name}" for file in files))
+    assert result.code == 0, result.err
 
 
 def test_aliases(qwen_stage):

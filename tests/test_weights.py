@@ -185,7 +185,7 @@ def convert(fields):
 def test_rows_come_from_the_file(tmp_path, stored):
     table = mx.random.normal((50, 24)).astype(stored)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"before": mx.ones(3), "table": table})
-    rows = RowsOnDisk({"weight": tensors_of(weight_files(tmp_path))["table"]}, mx.float32)
+    rows = RowsOnDisk({"weight": tensors_of(weight_files(tmp_path))["table"]}, mx.float32, {})
     ids = [0, 49, 7, 7]
     assert mx.array_equal(rows(ids), table[mx.array(ids)].astype(mx.float32))
 
