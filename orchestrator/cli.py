@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         if parts := [(kind, value) for kind in PARTS for value in getattr(args, kind, None) or ()]:
             from stages.model_name import put_together
 
-            where = "name" if hasattr(args, "name") else "model"
+            where = next(where for where in ("name", "source", "model") if hasattr(args, where))
             setattr(args, where, put_together(getattr(args, where), parts))
         code: int = args.command(args)
         print(end="", flush=True)
@@ -866,6 +866,8 @@ def _parser() -> argparse.ArgumentParser:
     add("target", type=_path, metavar="DST", help="where to write the whole checkpoint; an interrupted one goes on")
     add("--quantize", type=int, choices=(4, 8), required=True, help="the transformer's blocks to so many bits")
     add("--quantize-text", type=int, choices=(4, 8), help="the text encoder's layers as well")
+    gguf_help = "a GGUF file to convert in place of SRC's own transformer"
+    add("--transformer", type=_text, nargs=1, metavar="FILE", help=gguf_help)
     add("--debug", action="store_true", help="show the traceback of an error")
     convert.set_defaults(command=_models_convert)
 

@@ -18,7 +18,7 @@ from artifacts_schema import keys, manifests
 from artifacts_schema.errors import Unavailable, UserError
 from artifacts_schema.manifests import Settings
 from artifacts_schema.prompts import check_settings, parse_size
-from stages import hub, layouts
+from stages import gguf_file, hub, layouts
 from stages.lora import Lora, parse_scale
 from stages.measure import Notice, Report
 from stages.model_name import ALIASES, DEMO, LORA, ModelName, default, following
@@ -98,7 +98,9 @@ class Checkpoint:
         lacks_scheduler = component == "scheduler" and not self.has(component)
         path = self.component(weights if lacks_scheduler else component)
         if path.is_file() or lacks_scheduler or not (path / file).exists():
-            shapes = {name: tensor.shape for name, tensor in tensors_of(weight_files(path)).items()}
+            is_gguf = path.suffix == gguf_file.SUFFIX
+            found = gguf_file.packed_tensors(path) if is_gguf else tensors_of(weight_files(path))
+            shapes = {name: tensor.shape for name, tensor in found.items()}
             names = layouts.renamed(shapes)
             if path.is_file() or component in self.others or layouts.layout_of(shapes) != layouts.DIFFUSERS:
                 try:
@@ -353,6 +355,11 @@ def _named_files(directory: Path) -> tuple[set[Path], dict[str, str]]:
 
 def weight_files(directory: Path) -> list[Path]:
     """The shards an index names, or the single weight file; each checked to be complete."""
+    if directory.suffix == gguf_file.SUFFIX and directory.is_file():
+        raise UserError(
+            f"{directory} is GGUF, which takes too long to unpack at every start; bring it into our own form with "
+            f"`qwen-stage models convert MODEL DIR --transformer {directory} --quantize 8`"
+        )
     expected, weight_map = _named_files(directory)
     for path in sorted(expected):
         if not path.exists():

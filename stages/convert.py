@@ -8,13 +8,14 @@ import json
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from artifacts_schema import disk
 from artifacts_schema.errors import UserError
-from stages import layouts
+from stages import gguf_file, layouts
 from stages.checkpoint import (
     COMPONENTS,
     INDEX_SUFFIX,
@@ -22,6 +23,7 @@ from stages.checkpoint import (
     open_checkpoint,
     weight_files,
 )
+from stages.gguf_file import PackedTensor
 from stages.measure import Notice, Report
 from stages.memory import gigabytes
 from stages.tensors import NUMBERS, WEIGHTS_SUFFIX, Tensor, tensors_of
@@ -64,7 +66,7 @@ def convert(
     from stages.quantized import GROUP_SIZE
 
     source = open_checkpoint(model)
-    if source.others or source.lora_files:
+    if source.lora_files or any(path.suffix != gguf_file.SUFFIX for path in source.others.values()):
         raise UserError("convert a checkpoint itself; LoRAs and components from elsewhere can be put in afterwards")
     place = target.resolve()
     if place.is_relative_to(source.directory) or source.directory.is_relative_to(place):
@@ -115,10 +117,10 @@ class Component:
         self.model = models[quantization.component]
         self.quantization, self.target = quantization, target
         self.source = checkpoint.component(quantization.component)
-        self.files = weight_files(self.source)
-        stored = tensors_of(self.files)
-        names = layouts.renamed(stored)
-        self.tensors = {new: stored[old] for old, new in names.items()}
+        self.packed = gguf_file.packed_tensors(self.source) if self.source.suffix == gguf_file.SUFFIX else {}
+        self.files = [] if self.packed else weight_files(self.source)
+        stored: Mapping[str, Tensor | gguf_file.PackedTensor] = self.packed or tensors_of(self.files)
+        self.tensors = {new: stored[old] for old, new in layouts.renamed(stored).items()}
         self.config = checkpoint.fields(quantization.component)[1]
         if packed := [name for name in self.tensors if name.endswith(".scales")]:
             raise UserError(f"{self.source} is quantized already ({packed[0]}); convert the original")
@@ -163,8 +165,11 @@ class Component:
             unread.update(mx.load(str(file), format="safetensors"))
         unread = layouts.standard(unread, set(), as_stored=False)
         for number, (part, name) in enumerate(zip(self.parts, self.names, strict=True)):
-            own = {each: unread.pop(each) for each in part}
+            own = {each: unread.pop(each) for each in part if each in unread}
             if number not in there:
+                own |= {
+                    each: packed.unpacked() for each in part if isinstance(packed := self.tensors[each], PackedTensor)
+                }
                 quantized = quantized_weights(own, self._bits)
                 del own
                 metadata = self.quantization.metadata(number + 1, len(self.parts))
@@ -206,7 +211,7 @@ class Component:
         return None
 
     def _size(self, name: str) -> int:
-        tensor: Tensor = self.tensors[name]
+        tensor = self.tensors[name]
         layer, _, kind = name.rpartition(".")
         bits = self._bits(layer) if kind == "weight" and len(tensor.shape) == 2 else None
         if bits is None:
@@ -217,7 +222,8 @@ class Component:
 
 def _record(source: Checkpoint, converted: dict[str, int]) -> bytes:
     """What is made of what."""
-    components = {name: source.fingerprint(name) for name in COMPONENTS if (source.directory / name).is_dir()}
+    here = [name for name in COMPONENTS if name in source.others or (source.directory / name).is_dir()]
+    components = {name: source.fingerprint(name) for name in here}
     return json.dumps({"bits": converted, "made_from": components}, indent=2).encode()
 
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import random_models
 from mlx.utils import tree_flatten
 
@@ -232,7 +231,5 @@ def with_weights(checkpoint: Path, target: Path, component: str, weights: Weight
     """A copy in diffusers' layout, one component with other weights."""
     shutil.copytree(checkpoint, target)
     (file,) = (target / component).glob("*.safetensors")
-    mx.save_safetensors(
-        str(file), {name: mx.array(np.array(weight)) for name, weight in weights.items()}, {"format": "pt"}
-    )
+    mx.save_safetensors(str(file), weights, {"format": "pt"})
     return target

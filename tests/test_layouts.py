@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import other_layouts
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 from PIL import Image
 
 from artifacts_schema import store
@@ -160,6 +161,53 @@ def test_only_whole_checkpoints_are_converted(qwen_stage, original, tmp_path):
     result = qwen_stage("models", "convert", f"{original}?vae={original / 'vae'}", tmp_path / "small", "--quantize=4")
     assert (result.code, "convert a checkpoint itself" in result.err) == (2, True)
     assert not (tmp_path / "small").exists()
+
+
+def gguf(path, weights, kinds):
+    """As llama.cpp's tools write it; `kinds(name)` says how to pack a matrix. Returns what remains of the weights."""
+    writer, left = GGUFWriter(path, "qwen_image"), {}
+    for name, weight in weights.items():
+        kind = kinds(name) if weight.ndim == 2 else GGMLQuantizationType.F32
+        numbers = np.array(weight, np.float32)
+        if kind.name == "Q4_K":  # which the package unpacks, but does not pack
+            blocks = np.random.RandomState(SEED).randint(0, 256, (numbers.size // 256, 144), np.uint8)
+            blocks[:, :4] = np.frombuffer(np.float16([0.001, 0.01]).tobytes(), np.uint8)  # its two scales
+            packed = blocks.reshape(len(numbers), -1)
+        else:
+            packed = quants.quantize(numbers, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+        left[name] = mx.array(quants.dequantize(packed, kind).reshape(numbers.shape)).astype(mx.bfloat16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return left
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16", "F16", "Q4_K"])
+def test_gguf_is_converted(qwen_stage, made, original, tmp_path, kind):
+    def kinds(name):  # K-quants come in blocks of 256, of which the small model's rows have but a half
+        return GGMLQuantizationType[kind if kind != "Q4_K" or name == "txt_in.weight" else "F32"]
+
+    left = gguf(tmp_path / "qwen-image.gguf", other_layouts.read(original, "transformer"), kinds)
+    same = other_layouts.with_weights(original, tmp_path / "same", "transformer", left)
+    convert = ["models", "convert", original, tmp_path / "small", "--quantize=8"]
+    result = qwen_stage(*convert, f"--transformer={tmp_path / 'qwen-image.gguf'}")
+    assert result.code == 0, result.err
+    made(f"--model={tmp_path / 'small'}").assert_close_to(made(f"--model={same}", "--quantize=8"), 0)
+
+
+def test_gguf_is_not_run_as_it_is(qwen_stage, original, tmp_path):
+    (tmp_path / "p.txt").write_text("a")
+    assert qwen_stage("encode", "p.txt", f"--model={original}", "--out=run").code == 0
+    for content in (b"", b"GGUF", b"GGUF\3\0\0\0" + 50 * b"\xff", b"no"):
+        (tmp_path / "a.gguf").write_bytes(content)
+        convert = ["models", "convert", original, tmp_path / "small", "--quantize=8"]
+        result = qwen_stage(*convert, f"--transformer={tmp_path / 'a.gguf'}")
+        assert (result.code, "is no whole GGUF file" in result.err) == (2, True), result.err
+    gguf(tmp_path / "a.gguf", other_layouts.read(original, "transformer"), lambda name: GGMLQuantizationType.F16)
+    result = qwen_stage("denoise", "--embeddings=run", f"--transformer={tmp_path / 'a.gguf'}", "--steps=1")
+    assert (result.code, "models convert MODEL DIR --transformer" in result.err) == (2, True), result.err
 
 
 def test_a_vae_in_a_directory(made, original, tmp_path):
