@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from stages.checkpoint import DEMO_DIRECTORY
 from stages.joined import parted
+from stages.layouts import SCHEDULER
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
@@ -50,14 +51,6 @@ VAE = {
     "temperal_downsample": [False, True, True],
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
-}
-SCHEDULER = {
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 0.9,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 8192,
-    "shift_terminal": 0.02,
 }
 SPREAD = 0.02  # of weights: their standard deviation
 NUMBERS = 1 << 26  # drawn once; every tensor takes its first ones
