@@ -48,9 +48,8 @@ if TYPE_CHECKING:
 CODE_VERSION = 1  # raised whenever the same inputs would give other latents
 # image tokens of a pass up to which it is faster to have the negative prompts in it, by a tenth at 512x512, on CUDA
 TOGETHER_TOKENS = 2304
-LIGHTNING = re.compile(
-    r"lightning.*?(?<!\d)([48])[-_ ]?steps?", re.IGNORECASE
-)  # in the names of such checkpoints' files
+# in the names of checkpoints and LoRAs that are made for so many steps
+LIGHTNING = re.compile(r"lightning.*?(?<!\d)([48])[-_ ]?steps?", re.IGNORECASE)
 CHECKPOINT_SHARE = 0.01  # of the time may go into saving what a kill would lose
 FIRST_SAVE_SECONDS = 0.02  # what a save takes, until one was measured: the first comes after two seconds
 

@@ -26,6 +26,7 @@ ALPHA = (".alpha",)
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 FLAT_PREFIX = "lora_unet_"  # kohya's, and then the layer's name with underscores for dots
 ADAPTER = "lora_adapter_metadata"  # where diffusers says what PEFT was told, if it does: the alpha of all layers
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT saves them
 MOST_ALPHA = 1e6
 SIDE = ("lora_a", "lora_b")  # parameters of a quantized layer: [rank, in] and [out, rank]
 
@@ -35,9 +36,10 @@ class Lora(NamedTuple):
     scale: float
 
     def fingerprint(self) -> str:
-        """Of all that the file holds: a sample could miss the alphas."""
+        """Of all that the file holds, as a sample could miss the alphas; and of the alpha that is said elsewhere."""
         said = self.path.stat()
-        return _sha256(self.path, said.st_size, said.st_mtime_ns)
+        own = _sha256(self.path, said.st_size, said.st_mtime_ns)
+        return f"{own} {_alpha_of_all(self.path)}" if self.path.name == PEFT_FILE else own
 
 
 class Change(NamedTuple):
@@ -151,9 +153,14 @@ def layers_of(weights: "Mapping[str, mx.array | Tensor]") -> dict[str, tuple[int
 
 def _alpha_of_all(path: Path) -> float | None:
     try:
-        said = json.loads(metadata_of(path)[ADAPTER])
+        if path.name == PEFT_FILE:
+            said = json.loads((path.parent / PEFT_CONFIG).read_bytes())
+        else:
+            said = json.loads(metadata_of(path)[ADAPTER])
         said = {name.rpartition(".")[2]: value for name, value in said.items()}
-    except (KeyError, ValueError, AttributeError, RecursionError):
+    except FileNotFoundError:
+        raise UserError(f"{path} is PEFT's, which says how strong it is in {PEFT_CONFIG}: put that beside it") from None
+    except (KeyError, ValueError, AttributeError, RecursionError, OSError):
         return None
     if unknown := [name for name in ("alpha_pattern", "use_rslora", "use_dora") if said.get(name)]:
         raise UserError(f"{path} asks for {unknown[0]}, which is not known here; merge it into the model elsewhere")

@@ -81,6 +81,25 @@ def test_the_alpha_of_all_layers_counts(small_model, tmp_path):
         np.testing.assert_allclose(after[name] - before[name], 8 / len(down) * (up @ down), rtol=0, atol=5e-6)
 
 
+def test_what_peft_saved_has_its_alpha_beside_it(small_model, tmp_path):
+    changes = loras.drawn(small_model, SEED, alphas=False)
+    path = loras.write(tmp_path / "adapter_model.safetensors", changes, "peft")
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        parameters(small_model, (path, 1.0))
+    prints = []
+    for alpha in (3, 6):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha, "alpha_pattern": {}}))
+        before, after = parameters(small_model), parameters(small_model, (path, 1.0))
+        for layer, (down, up, _) in changes.items():
+            change = after[f"{layer}.weight"] - before[f"{layer}.weight"]
+            np.testing.assert_allclose(change, alpha / len(down) * (up @ down), rtol=0, atol=5e-6)
+        prints.append(Lora(path, 1.0).fingerprint())
+    assert prints[0] != prints[1]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "use_rslora": True}))
+    with pytest.raises(UserError, match="use_rslora"):
+        parameters(small_model, (path, 1.0))
+
+
 def extra(tensors, _):
     tensors["transformer.transformer_blocks.99.attn.to_q.lora_A.weight"] = np.ones((1, 1), np.float32)
 
@@ -210,7 +229,8 @@ def test_what_loras_take_on_the_way_is_told(golden, tmp_path):
     load_weights(
         model, demo / "transformer", mx.bfloat16, loras=[Lora(*file) for file in files], report=lambda *_: None
     )
-    assert mx.get_peak_memory() - before <= told.whole + told.stored_layer
+    # a layer is made while the next is being read, as `memory.needs` has it
+    assert mx.get_peak_memory() - before <= told.whole + 2 * told.stored_layer
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 100])
