@@ -105,11 +105,11 @@ def our_transformer(dtype: str, bits: int | None) -> Any:
         model = randomize(QwenImageTransformer2DModel(config), dtype)
         if bits:
             weights = parted(dict(tree_flatten(model.parameters())), model)
-            made = quantized_weights(weights, lambda layer: model.bits_of(layer, bits))
+            made = joined(quantized_weights(weights, lambda layer: model.bits_of(layer, bits)), model)
             exchange_quantized(model, made)
-            while weights:
-                weights.popitem()
-            model.load_weights(list(joined(made, model).items()))
+            weights.clear()
+            model.load_weights(list(made.items()))
+            made.clear()
             for layer in model.transformer_blocks:
                 mx.eval(layer.parameters())
         _made[dtype, bits] = model

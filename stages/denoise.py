@@ -35,7 +35,7 @@ from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, Fetching, default_dtype, has_cuda, open_checkpoint
 from stages.measure import Notice, Report, Stopwatch, forget_peak, versions
 from stages.model_name import ModelName, following
-from stages.modulation import Sigmas, Tables
+from stages.modulation import Sigmas, Table, Tables
 from stages.preview import Preview
 from stages.scheduler import SchedulerConfig
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
 
-    from stages.models.transformer import Modulation, QwenImageTransformer2DModel, TransformerConfig
+    from stages.models.transformer import QwenImageTransformer2DModel, TransformerConfig
 
 CODE_VERSION = 1  # raised whenever the same inputs would give other latents
 # image tokens of a pass up to which it is faster to have the negative prompts in it, by a tenth at 512x512, on CUDA
@@ -495,7 +495,7 @@ def _sigmas(schedule: SchedulerConfig, job: Job) -> Sigmas:
 def _denoise_batch(
     transformer: "QwenImageTransformer2DModel",
     sigmas: Sigmas,
-    modulations: "list[Modulation]",
+    modulations: Table,
     jobs: list[Job],
     prompts: "dict[str, mx.array]",
     compute: "mx.Dtype",

@@ -5,7 +5,7 @@ bfloat16), so that `denoise` never loads those 6.8 billion parameters: where a t
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class Tables:
         self, checkpoint: Checkpoint, config: "TransformerConfig", dtype: str, report: Report, notice: Notice
     ) -> None:
         self.checkpoint, self.config, self.dtype, self.report, self.notice = checkpoint, config, dtype, report, notice
-        self.held: dict[Sigmas, Modulation] = {}  # what the cache did not take
+        self.held: dict[Sigmas, bytes] = {}  # what the cache did not take
         # most LoRAs leave these weights alone: then the table is that of the model itself
         self.fingerprint = with_loras(checkpoint.without_loras().fingerprint("transformer"), _own_loras(checkpoint))
 
@@ -54,20 +54,15 @@ class Tables:
                     self.held[sigmas] = table
             missing = missing[at_once:]
 
-    def of(self, sigmas: Sigmas) -> "list[Modulation]":
+    def of(self, sigmas: Sigmas) -> "Table":
         """One for each step."""
-        import mlx.core as mx
-
-        from stages.models.transformer import Modulation
-
-        if sigmas not in self.held:
-            item = self._item(sigmas)
+        item = self._item(sigmas)
+        content = self.held.get(sigmas)
+        if content is None:
             content = cache.take(cache.MODULATIONS, item.key, partial(_check, item=item), self.notice)
-            if content is None:  # damaged or trimmed meanwhile
-                ((_, table),) = self._make([sigmas])
-                return _by_step(table)
-            return _by_step(Modulation(**mx.load(io.BytesIO(content), format="safetensors")))
-        return _by_step(self.held[sigmas])
+        if content is None:  # damaged or trimmed meanwhile
+            ((_, content),) = self._make([sigmas])
+        return Table(content, item)
 
     def _how_many(self, schedules: list[Sigmas], within: memory.Budget) -> int:
         from stages.models.transformer import Modulator, TransformerConfig
@@ -97,7 +92,7 @@ class Tables:
         steps, layers, dim = len(sigmas) - 1, self.config.num_layers, self.config.dim
         return ModulationTable(key=key, steps=steps, layers=layers, dim=dim, dtype=self.dtype)
 
-    def _make(self, schedules: list[Sigmas]) -> "Iterator[tuple[Sigmas, Modulation]]":
+    def _make(self, schedules: list[Sigmas]) -> Iterator[tuple[Sigmas, bytes]]:
         """One pass over the weights: each layer is read once, the next one meanwhile."""
         import mlx.core as mx
 
@@ -115,10 +110,39 @@ class Tables:
         mx.eval(whole)
         for sigmas in schedules:
             rows = mx.array([levels.index(sigma) for sigma in sigmas[:-1]])
-            table = Modulation(*[part[rows] for part in whole])
+            table = to_safetensors(Modulation(*[part[rows] for part in whole])._asdict())
             item = self._item(sigmas)
-            cache.put(cache.MODULATIONS, item.key, item, to_safetensors(table._asdict()))
+            cache.put(cache.MODULATIONS, item.key, item, table)
             yield sigmas, table
+
+
+class Table(Sequence["Modulation"]):
+    """The modulation of each step of a schedule; in MLX's memory is only that which is used."""
+
+    def __init__(self, content: bytes, item: ModulationTable) -> None:
+        """`content` is a safetensors file."""
+        from safetensors import deserialize
+
+        self.item, self.parts = item, {name: memoryview(part["data"]) for name, part in deserialize(content)}
+
+    def __len__(self) -> int:
+        return self.item.steps
+
+    def __getitem__(self, step: int) -> "Modulation":  # type: ignore[override]
+        import mlx.core as mx
+
+        from stages.models.transformer import Modulation
+        from stages.weights import mlx_dtype
+
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+
+        def own(name: str) -> mx.array:
+            size = len(self.parts[name]) // len(self)
+            return mx.array(self.parts[name][step * size : (step + 1) * size]).view(mlx_dtype(self.item.dtype))
+
+        layers = (self.item.layers, -1)
+        return Modulation(own("img").reshape(layers), own("txt").reshape(layers), own("out"))
 
 
 def model_timestep(sigma: float, compute: "mx.Dtype") -> "mx.array":
@@ -137,12 +161,6 @@ def _own_loras(checkpoint: Checkpoint) -> list[Lora]:
     layers = layers_of(tensors_of(weight_files(checkpoint.component("transformer"))))
     changed = [(lora, changes_in(lora.path, layers)) for lora in loras]
     return [lora for lora, changes in changed if any(Modulator.owns(f"{layer}.weight") for layer in changes)]
-
-
-def _by_step(table: "Modulation") -> "list[Modulation]":
-    from stages.models.transformer import Modulation
-
-    return [Modulation(*parts) for parts in zip(*table, strict=True)]
 
 
 def _check(content: bytes, item: ModulationTable) -> None:

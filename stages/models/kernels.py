@@ -2,18 +2,19 @@
 
 Each function is written twice, and says the same twice. The plain operations are what Metal and CPUs run; on CUDA they
 would take a third of a step, most of it for reading and writing the same numbers again and again. A kernel reads them
-once, adds the bias of what came before, computes in float32, and rounds once, at the end. Sizes are told at run time
-where that costs nothing: a kernel is compiled at its first use, for a second or two.
+once, adds the bias of what came before, computes in float32, and rounds once, at the end. A size is a constant in it
+only where that makes it faster.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any, NamedTuple
+from math import prod
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from stages.models.cuda import Kernel
 
 NORM_EPS = 1e-6  # of every norm in the transformer, as in the kernels
 RMS_EPS = 1e-24  # of the VAE's: the reference normalizes by max(norm, 1e-12); this only guards the all-zero vector
@@ -23,37 +24,12 @@ AT_ONCE = 8  # numbers for each thread of a row: 16 bytes of bfloat16
 MAX_THREADS = 1024
 BLOCK_THREADS = 256
 
-HEADER = """
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-template <int N, typename T>
-struct alignas(N * sizeof(T)) Pack { T numbers[N]; };
-
-template <int N, typename T>
-__device__ inline void load(const T* from, float* to) {
-  const Pack<N, T> pack = *reinterpret_cast<const Pack<N, T>*>(from);
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = static_cast<float>(pack.numbers[i]);
-}
-
-template <int N, typename T>
-__device__ inline void store(const float* from, T* to) {
-  Pack<N, T> pack;
-#pragma unroll
-  for (int i = 0; i < N; ++i) pack.numbers[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<Pack<N, T>*>(to) = pack;
-}
-
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-  return x;
-}
-"""
-
-HEADS_SOURCE = """
-  const int texts = txt_turns_shape[0], tokens = texts + img_turns_shape[0];
+JOINT_HEADS = Kernel(
+    "joint_heads",
+    [f"{stream}_{part}" for stream in ("img", "txt") for part in ("qkv", "bias", "q_norm", "k_norm", "turns")],
+    ["q", "k", "v"],
+    ["int texts", "int tokens"],
+    """
   const int lane = threadIdx.x % 32;
   const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (warp >= tokens * HEADS) return;
@@ -93,9 +69,15 @@ HEADS_SOURCE = """
   load<4>(biases + 2 * DIM, bias);
   for (int i = 0; i < 4; ++i) value[i] += bias[i];
   store<4>(value, v + to);
-"""
+""",
+)
 
-GATED_NORM_SOURCE = """
+GATED_NORM = Kernel(
+    "gated_norm",
+    ["x", "y", "bias", "gate", "norm"],
+    ["out", "normed"],
+    ["int gate_at", "int shift_at", "int scale_at"],
+    """
   __shared__ float sums[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = 8 * threadIdx.x;
   const size_t at = size_t(blockIdx.x) * DIM + column;
@@ -110,10 +92,12 @@ GATED_NORM_SOURCE = """
   load<8>(x + at, v);
   load<8>(y + at, a);
   load<8>(bias + column, b);
-  load<8>(gates + GATE * DIM + column, g);
+  load<8>(gate + gate_at * DIM + column, g);
   float sum = 0;
   for (int i = 0; i < 8; ++i) {
-    v[i] = static_cast<float>(static_cast<T>(v[i] + g[i] * (a[i] + b[i])));
+    T rounded;  // as it is kept
+    round_to(&rounded, v[i] + g[i] * (a[i] + b[i]));
+    v[i] = to_float(rounded);
     sum += v[i];
   }
   store<8>(v, out + at);
@@ -124,52 +108,70 @@ GATED_NORM_SOURCE = """
     squares += v[i] * v[i];
   }
   const float inverse = rsqrtf(row_sum(squares) / DIM + 1e-6f);
-  load<8>(norms + SCALE * DIM + column, a);
-  load<8>(norms + SHIFT * DIM + column, b);
+  load<8>(norm + scale_at * DIM + column, a);
+  load<8>(norm + shift_at * DIM + column, b);
   for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse * (1 + a[i]) + b[i];
   store<8>(v, normed + at);
-"""
+""",
+)
 
-GELU_SOURCE = """
+GELU = Kernel(
+    "gelu",
+    ["x", "bias"],
+    ["out"],
+    ["int rows", "int columns"],
+    """
   const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
-  if (at >= size_t(x_shape[0]) * x_shape[1]) return;
+  if (at >= size_t(rows) * columns) return;
   float v[8], b[8];
   load<8>(x + at, v);
-  load<8>(bias + at % x_shape[1], b);
+  load<8>(bias + at % columns, b);
   for (int i = 0; i < 8; ++i) {
     v[i] += b[i];
     const float inner = v[i] * (1.5957691216057308f + 0.07135481627159f * v[i] * v[i]);
     v[i] = __fdividef(v[i], 1 + __expf(-inner));
   }
   store<8>(v, out + at);
-"""
+""",
+)
 
-UNPACK_SOURCE = """
+UNPACKED = Kernel(
+    "unpacked",
+    ["packed", "scales", "biases"],
+    ["out"],
+    ["int groups"],
+    """
   const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x;  // of eight numbers: BITS bytes of packed ones
-  if (index >= size_t(scales_shape[0]) * scales_shape[1] * (GROUP / 8)) return;
-  const Pack<BITS / 4, uint32_t> words = reinterpret_cast<const Pack<BITS / 4, uint32_t>*>(packed)[index];
+  if (index >= size_t(groups) * (GROUP / 8)) return;
+  const Pack<BITS / 4, unsigned> words = reinterpret_cast<const Pack<BITS / 4, unsigned>*>(packed)[index];
   const size_t group = 8 * index / GROUP;
-  const float scale = static_cast<float>(scales[group]), bias = static_cast<float>(biases[group]);
+  const float scale = to_float(scales[group]), bias = to_float(biases[group]);
   float v[8];
   for (int i = 0; i < 8; ++i) {
-    const uint32_t word = words.numbers[i * BITS / 32];
+    const unsigned word = words.numbers[i * BITS / 32];
     v[i] = scale * static_cast<float>((word >> (i * BITS % 32)) & ((1u << BITS) - 1)) + bias;
   }
   store<8>(v, out + 8 * index);
-"""
+""",
+)
 
-NORM_SILU_SOURCE = """
-  const int channels = x_shape[1], parts = channels / 8;
+NORM_SILU = Kernel(
+    "norm_silu",
+    ["x", "gamma", "bias"],
+    ["out"],
+    ["int pixels", "int channels", "bool biased"],
+    """
+  const int parts = channels / 8;
   __shared__ float sums[1024];
   const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
-  const bool inside = at < size_t(x_shape[0]) * channels;
+  const bool inside = at < size_t(pixels) * channels;
   const int column = 8 * (threadIdx.x % parts);
   float v[8], other[8], squares = 0;
   if (inside) {
     load<8>(x + at, v);
-    if (BIASED) load<8>(bias + column, other);
+    if (biased) load<8>(bias + column, other);
     for (int i = 0; i < 8; ++i) {
-      if (BIASED) v[i] += other[i];
+      if (biased) v[i] += other[i];
       squares += v[i] * v[i];
     }
   }
@@ -186,25 +188,37 @@ NORM_SILU_SOURCE = """
     v[i] = __fdividef(v[i], 1 + __expf(-v[i]));
   }
   store<8>(v, out + at);
-"""
+""",
+)
 
-SUM_SOURCE = """
+SUM = Kernel(
+    "sum",
+    ["x", "y", "bias"],
+    ["out"],
+    ["int pixels", "int channels"],
+    """
   const size_t at = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
-  if (at >= size_t(x_shape[0]) * x_shape[1]) return;
+  if (at >= size_t(pixels) * channels) return;
   float v[8], other[8];
   load<8>(x + at, v);
   load<8>(y + at, other);
   for (int i = 0; i < 8; ++i) v[i] += other[i];
-  load<8>(bias + at % x_shape[1], other);
+  load<8>(bias + at % channels, other);
   for (int i = 0; i < 8; ++i) v[i] += other[i];
   store<8>(v, out + at);
-"""
+""",
+)
 
-DOUBLED_SOURCE = """
-  const int h = x_shape[1] - 1, w = x_shape[2] - 1, channels = x_shape[5], parts = channels / 8;
+DOUBLED = Kernel(
+    "doubled",
+    ["x", "bias"],
+    ["out"],
+    ["int images", "int h", "int w", "int channels"],
+    """
+  const int parts = channels / 8;
   const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x, pixel = index / parts;
   const size_t column = 8 * (index % parts), row = pixel / (2 * w), image = row / (2 * h);
-  if (image >= x_shape[0]) return;
+  if (image >= images) return;
   const int across = pixel % (2 * w), down = row % (2 * h), i = down % 2, j = across % 2;
   const size_t corner = (image * (h + 1) + down / 2 + i) * (w + 1) + across / 2 + j;
   float v[8], b[8];
@@ -212,11 +226,8 @@ DOUBLED_SOURCE = """
   load<8>(bias + column, b);
   for (int i = 0; i < 8; ++i) v[i] += b[i];
   store<8>(v, out + 8 * index);
-"""
-
-STREAMS = ("img", "txt")
-HEADS_INPUTS = tuple(f"{stream}_{part}" for stream in STREAMS for part in ("qkv", "bias", "q_norm", "k_norm", "turns"))
-GATED_NORM_INPUTS = ("x", "y", "bias", "gates", "norms")
+""",
+)
 
 
 class Rotary(NamedTuple):
@@ -256,16 +267,6 @@ class Norm(NamedTuple):
     def __call__(self, x: mx.array) -> mx.array:
         shift, scale = (Part(self.modulation, number).alone(x.shape[-1]) for number in self[1:])
         return mx.fast.layer_norm(x, 1 + scale, shift, NORM_EPS)
-
-
-@cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Callable[..., Any]:
-    """MLX keeps what it compiled by its name, also on disk: so the source is part of that."""
-    version = hashlib.sha256((HEADER + source).encode()).hexdigest()[:8]
-    made: Callable[..., Any] = mx.fast.cuda_kernel(
-        name=f"{name}_{version}", input_names=inputs, output_names=outputs, source=source, header=HEADER
-    )
-    return made
 
 
 def product(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
@@ -335,19 +336,20 @@ def _kernel_heads(
     heads = dim // HEAD_DIM
     img_qkv, txt_qkv = product(img_heads.qkv, img), product(txt_heads.qkv, txt)
     txt_turns = rotary.txt.turns
-    kernel = _kernel("joint_heads", HEADS_INPUTS, ("q", "k", "v"), HEADS_SOURCE)
     for i, own in enumerate(spans(txt_seq_lens)):
-        tokens = own.stop - own.start + img.shape[1]
+        texts = own.stop - own.start
+        tokens = texts + img.shape[1]
         image, prompt, turns = img_qkv, txt_qkv, txt_turns
         if len(txt_seq_lens) > 1:
             image, prompt, turns = img_qkv[i], txt_qkv[own], txt_turns[own]
-        made = kernel(
-            inputs=[image, *img_heads.weights(), rotary.img.turns, prompt, *txt_heads.weights(), turns],
-            template=[("T", dtype), ("HEADS", heads)],
-            grid=(tokens * heads * WARP, 1, 1),
-            threadgroup=(BLOCK_THREADS, 1, 1),
-            output_shapes=[(1, tokens, heads, HEAD_DIM)] * 3,
-            output_dtypes=[dtype] * 3,
+        made = JOINT_HEADS(
+            [image, *img_heads.weights(), rotary.img.turns, prompt, *txt_heads.weights(), turns],
+            [texts, tokens],
+            [(1, tokens, heads, HEAD_DIM)] * 3,
+            dtype,
+            threads=tokens * heads * WARP,
+            block=BLOCK_THREADS,
+            HEADS=heads,
         )
         q, k, v = (each.swapaxes(1, 2) for each in made)
         yield q, k, v
@@ -359,13 +361,14 @@ def gated_norm(x: mx.array, layer: nn.Linear, h: mx.array, gate: Part, norm: Nor
     if not _runs_on_cuda(dim):
         x = x + gate.alone(dim) * layer(h)
         return x, norm(x)
-    x, normed = _kernel("gated_norm", GATED_NORM_INPUTS, ("out", "normed"), GATED_NORM_SOURCE)(
-        inputs=[x, product(layer, h), layer.bias, gate.modulation, norm.modulation],
-        template=[("T", x.dtype), ("DIM", dim), ("GATE", gate.number), ("SHIFT", norm.shift), ("SCALE", norm.scale)],
-        grid=(x.size // AT_ONCE, 1, 1),
-        threadgroup=(dim // AT_ONCE, 1, 1),
-        output_shapes=[x.shape] * 2,
-        output_dtypes=[x.dtype] * 2,
+    x, normed = GATED_NORM(
+        [x, product(layer, h), layer.bias, gate.modulation, norm.modulation],
+        [gate.number, norm.shift, norm.scale],
+        [x.shape] * 2,
+        x.dtype,
+        threads=x.size // AT_ONCE,
+        block=dim // AT_ONCE,
+        DIM=dim,
     )
     return x, normed
 
@@ -375,14 +378,9 @@ def gelu(layer: nn.Linear, h: mx.array) -> mx.array:
     if not _runs_on_cuda(h.shape[-1]):
         return nn.gelu_approx(layer(h))
     x = product(layer, h)
-    (made,) = _kernel("gelu", ("x", "bias"), ("out",), GELU_SOURCE)(
-        inputs=[x.flatten(0, -2), layer.bias],
-        template=[("T", x.dtype)],
-        grid=(x.size // AT_ONCE, 1, 1),
-        threadgroup=(BLOCK_THREADS, 1, 1),
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
-    )
+    columns = x.shape[-1]
+    sizes, threads = [x.size // columns, columns], x.size // AT_ONCE
+    (made,) = GELU([x, layer.bias], sizes, [x.shape], x.dtype, threads=threads, block=BLOCK_THREADS)
     return made
 
 
@@ -391,39 +389,31 @@ def norm_silu(x: mx.array, gamma: mx.array, bias: mx.array | None = None) -> mx.
     channels = x.shape[-1]
     if not _has_kernels(channels):
         return nn.silu(mx.fast.rms_norm(x if bias is None else x + bias, gamma, RMS_EPS))
-    return _by_channels(
-        "norm_silu",
-        ("x", "gamma", "bias"),
-        NORM_SILU_SOURCE,
-        [x, gamma, gamma if bias is None else bias],
-        [("BIASED", bias is not None)],
-    )
+    return _by_channels(NORM_SILU, [x, gamma, gamma if bias is None else bias], bias is not None)
 
 
 def sum_of(x: mx.array, y: mx.array, bias: mx.array) -> mx.array:
     """x + y + bias, for x and y [B, H, W, C]."""
     if not _has_kernels(x.shape[-1]):
         return x + (y + bias)
-    return _by_channels("sum", ("x", "y", "bias"), SUM_SOURCE, [x, y, bias], [])
+    return _by_channels(SUM, [x, y, bias])
 
 
 def _has_kernels(channels: int) -> bool:
     return _is_cuda() and channels % AT_ONCE == 0 and channels <= AT_ONCE * BLOCK_THREADS
 
 
-def _by_channels(
-    name: str, inputs: tuple[str, ...], source: str, arrays: list[mx.array], template: list[tuple[str, Any]]
-) -> mx.array:
+def _by_channels(kernel: Kernel, arrays: list[mx.array], *told: bool) -> mx.array:
     """A kernel on the first array's pixels, whole ones in every block of threads."""
     x, channels = arrays[0], arrays[0].shape[-1]
     parts = channels // AT_ONCE
-    (made,) = _kernel(name, inputs, ("out",), source)(
-        inputs=[each.reshape(-1, channels) if each.ndim > 1 else each for each in arrays],
-        template=[("T", x.dtype), *template],
-        grid=(x.size // AT_ONCE, 1, 1),
-        threadgroup=(BLOCK_THREADS // parts * parts, 1, 1),
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
+    (made,) = kernel(
+        arrays,
+        [x.size // channels, channels, *told],
+        [x.shape],
+        x.dtype,
+        threads=x.size // AT_ONCE,
+        block=BLOCK_THREADS // parts * parts,
     )
     return made
 
@@ -436,14 +426,9 @@ def doubled(x: mx.array, bias: mx.array) -> mx.array:
         quarters = [x[:, i : i + h, j : j + w, i, j] for i in (0, 1) for j in (0, 1)]
         rows = mx.stack(quarters, axis=3).reshape(b, h, w, 2, 2, channels).swapaxes(2, 3)
         return rows.reshape(b, 2 * h, 2 * w, channels) + bias
-    (made,) = _kernel("doubled", ("x", "bias"), ("out",), DOUBLED_SOURCE)(
-        inputs=[x, bias],
-        template=[("T", x.dtype)],
-        grid=(4 * b * h * w * channels // AT_ONCE, 1, 1),
-        threadgroup=(BLOCK_THREADS, 1, 1),
-        output_shapes=[(b, 2 * h, 2 * w, channels)],
-        output_dtypes=[x.dtype],
-    )
+    shape = (b, 2 * h, 2 * w, channels)
+    threads = prod(shape) // AT_ONCE
+    (made,) = DOUBLED([x, bias], [b, h, w, channels], [shape], x.dtype, threads=threads, block=BLOCK_THREADS)
     return made
 
 
@@ -455,13 +440,15 @@ def unpacked(layer: nn.QuantizedLinear) -> mx.array:
         made: mx.array = mx.dequantize(packed, scales, biases, group_size=group_size, bits=bits, mode=layer.mode)
         return made
     outputs, inputs = packed.shape[0], scales.shape[1] * group_size
-    (made,) = _kernel("unpacked", ("packed", "scales", "biases"), ("out",), UNPACK_SOURCE)(
-        inputs=[packed, scales, biases],
-        template=[("T", scales.dtype), ("BITS", bits), ("GROUP", group_size)],
-        grid=(outputs * inputs // AT_ONCE, 1, 1),
-        threadgroup=(BLOCK_THREADS, 1, 1),
-        output_shapes=[(outputs, inputs)],
-        output_dtypes=[scales.dtype],
+    (made,) = UNPACKED(
+        [packed, scales, biases],
+        [scales.size],
+        [(outputs, inputs)],
+        scales.dtype,
+        threads=outputs * inputs // AT_ONCE,
+        block=BLOCK_THREADS,
+        BITS=bits,
+        GROUP=group_size,
     )
     return made
 
