@@ -118,6 +118,7 @@ def our_transformer(dtype: str, bits: int | None) -> Any:
 
 def our_step(work: Work) -> tuple[float, float]:
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
     from stages import memory
     from stages.models.transformer import Modulation
@@ -131,7 +132,8 @@ def our_step(work: Work) -> tuple[float, float]:
     modulation = Modulation(*[(0.1 * mx.random.normal(shape)).astype(dtype) for shape in parts])
     latents = mx.random.normal((work.batch, grid**2, full_size.TRANSFORMER["in_channels"]))
     mx.eval(latents, modulation)
-    held, tokens = mx.get_active_memory(), work.batch * (grid**2 + work.tokens)
+    held = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+    tokens = work.batch * (grid**2 + work.tokens)
     states = memory.image_states(model.config, tokens, tokens, grid**2 + work.tokens, 1, work.dtype)
 
     def step() -> None:

@@ -163,8 +163,8 @@ def denoise(
         forget_peak()
         tables = Tables(checkpoint, config, compute, report, notice)
         tables.prepare([sigmas for sigmas, _ in batches], within)
-        transformer = load_model(loading, stream=stream, report=report)
         arrays.begin_to_pack()
+        transformer = load_model(loading, stream=stream, report=report)
         live = Preview.of(preview, checkpoint) if preview else None
         failures, begun = [], 0
         for (sigmas, group), own_states, pair in zip(batches, states, together, strict=True):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROCESS_BYTES = 250 << 20  # Python, MLX and the other libraries
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HELD_BACK_AT = 0.8  # of the estimated states: with less a GPU begins to wait, and MLX goes a little beyond ...
-LEAST_STATES = 640 << 20  # ... nor for less than this, where it is not promised away: small pictures would wait
+LEAST_STATES = 704 << 20  # ... nor for less than this, where it is not promised away: small pictures would wait
 BLOCK_ACTIVATIONS = 30  # numbers for each of a token's, at the widest point of a transformer block
 CACHED = 3  # numbers for each of a token's, of the states before and what was added to them
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from artifacts_schema.errors import Unreadable, UserError
 from stages import layouts
-from stages.checkpoint import Checkpoint, weight_files
+from stages.checkpoint import Checkpoint, has_cuda, weight_files
 from stages.joined import alike, joined, parted
 from stages.lora import SIDE, Lora, applied
 from stages.measure import Report
@@ -145,7 +145,8 @@ def load_weights(
         if stream:
             setattr(model, layers, Streamed(model[layers], lambda: _by_layer(unread(), layers), directory))
         else:
-            for number, _ in enumerate(ahead(model[layers], directory), 1):
+            for number, layer in enumerate(ahead(model[layers], directory), 1):
+                _move_to_gpu(layer)
                 if report:
                     report(f"read {directory.name}", number, len(model[layers]))
     with _reading(directory):
@@ -192,6 +193,12 @@ def ahead(layers: list[nn.Module], directory: Path) -> Iterator[nn.Module]:
                 mx.async_eval(following.parameters())
             mx.eval(layer.parameters())
         yield layer
+
+
+def _move_to_gpu(layer: nn.Module) -> None:
+    """On CUDA, what the CPU has read stays in its memory until the GPU looks at it: that it does while more is read."""
+    if has_cuda():
+        mx.async_eval([mx.max(weight, stream=_streams()[1]) for _, weight in tree_flatten(layer.parameters())])
 
 
 @contextmanager
