@@ -322,10 +322,8 @@ def _plain_heads(
         return turned(heads.norm_q(q)), turned(heads.norm_k(k)), v
 
     of_images, of_texts = stream(img_heads, img, rotary.img), stream(txt_heads, txt, rotary.txt)
-    for i, own in enumerate(spans(txt_seq_lens)):
-        q, k, v = (
-            mx.concatenate([t[own], x[i]])[None].swapaxes(1, 2) for t, x in zip(of_texts, of_images, strict=True)
-        )
+    for own, *image in zip(spans(txt_seq_lens), *of_images, strict=True):
+        q, k, v = (mx.concatenate([t[own], x])[None].swapaxes(1, 2) for t, x in zip(of_texts, image, strict=True))
         yield q, k, v
 
 
@@ -336,12 +334,12 @@ def _kernel_heads(
     heads = dim // HEAD_DIM
     img_qkv, txt_qkv = product(img_heads.qkv, img), product(txt_heads.qkv, txt)
     txt_turns = rotary.txt.turns
-    for i, own in enumerate(spans(txt_seq_lens)):
+    for image, own in zip(img_qkv, spans(txt_seq_lens), strict=True):  # views, where indexing would gather
         texts = own.stop - own.start
         tokens = texts + img.shape[1]
-        image, prompt, turns = img_qkv, txt_qkv, txt_turns
+        prompt, turns = txt_qkv, txt_turns
         if len(txt_seq_lens) > 1:
-            image, prompt, turns = img_qkv[i], txt_qkv[own], txt_turns[own]
+            prompt, turns = txt_qkv[own], txt_turns[own]
         made = JOINT_HEADS(
             [image, *img_heads.weights(), rotary.img.turns, prompt, *txt_heads.weights(), turns],
             [texts, tokens],
