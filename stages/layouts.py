@@ -5,7 +5,7 @@ the shapes of their tensors; what no shape tells is as in every Qwen-Image.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from artifacts_schema.errors import UserError
@@ -42,8 +42,12 @@ VAE = {
 
 class Layout(NamedTuple):
     mark: str  # a pattern that some tensor's name has in it
-    renames: tuple[tuple[str, str], ...]  # patterns, and what comes in their place
+    renames: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]  # patterns, and what comes in their place
     channels_last: bool = False  # convolutions' kernels are [out, ..., in], not [out, in, ...]
+
+
+def _down_block(block: str, layer: str) -> str:
+    return f"encoder.down_blocks.{3 * int(block) + int(layer)}."
 
 
 DIFFUSERS = Layout("", ())
@@ -67,6 +71,9 @@ LAYOUTS = {
             (r"\.up_block(\d+)\.", r".up_blocks.\1."),
             (r"\.skip_conv\.", ".conv_shortcut."),
             (r"\.resample_conv\.", ".resample.1."),
+            # diffusers counts the encoder's lower layers through: two residual blocks, and what halves the size
+            (r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d)\.", lambda found: _down_block(found[1], found[2])),
+            (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", lambda found: _down_block(found[1], "2")),
             (r"\b(norm1|norm2|norm|norm_out)\.weight$", r"\1.gamma"),
         ),
         channels_last=True,
@@ -77,12 +84,13 @@ LAYOUTS = {
         (
             (r"^conv1\.", "quant_conv."),
             (r"^conv2\.", "post_quant_conv."),
-            (r"^decoder\.conv1\.", "decoder.conv_in."),
-            (r"^decoder\.head\.0\.", "decoder.norm_out."),
-            (r"^decoder\.head\.2\.", "decoder.conv_out."),
-            (r"^decoder\.middle\.1\.", "decoder.mid_block.attentions.0."),
-            (r"^decoder\.middle\.0\.", "decoder.mid_block.resnets.0."),
-            (r"^decoder\.middle\.2\.", "decoder.mid_block.resnets.1."),
+            (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
+            (r"^(en|de)coder\.head\.0\.", r"\1coder.norm_out."),
+            (r"^(en|de)coder\.head\.2\.", r"\1coder.conv_out."),
+            (r"^(en|de)coder\.middle\.1\.", r"\1coder.mid_block.attentions.0."),
+            (r"^(en|de)coder\.middle\.0\.", r"\1coder.mid_block.resnets.0."),
+            (r"^(en|de)coder\.middle\.2\.", r"\1coder.mid_block.resnets.1."),
+            (r"^encoder\.downsamples\.", "encoder.down_blocks."),
             (r"\.residual\.0\.", ".norm1."),
             (r"\.residual\.2\.", ".conv1."),
             (r"\.residual\.3\.", ".norm2."),

@@ -10,6 +10,7 @@ one tile leaves behind is what the next one needs. So the last tile begins early
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from math import ceil, prod
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Local(NamedTuple):
 
     layer: Callable[[mx.array], mx.array]
     reach: int  # 3x3 convolutions in a row: so far an output pixel sees, counted in output pixels
-    scale: int = 1  # output pixels for an input pixel, each way
+    scale: int | Fraction = 1  # output pixels for an input pixel, each way; where they get fewer, one through a number
 
     def source(self, span: slice, size: int) -> slice:
         """What of `size` input pixels in a row so many output pixels depend on."""
@@ -38,7 +39,7 @@ class Local(NamedTuple):
 
 
 def in_tiles(layers: Sequence[Local], x: mx.array, edge: int) -> Iterator[tuple[Tile, mx.array]]:
-    """What layers make of x [B, H, W, C], in tiles of at most edge x edge of x's pixels, which may overlap."""
+    """What layers make of x [B, H, W, C], in tiles of at most edge x edge, which may overlap; as `along` counts."""
     _, height, width, _ = x.shape
     for ys in along(layers, height, edge):
         for xs in along(layers, width, edge):
@@ -46,15 +47,19 @@ def in_tiles(layers: Sequence[Local], x: mx.array, edge: int) -> Iterator[tuple[
 
 
 def along(layers: Sequence[Local], size: int, edge: int) -> list[tuple[slice, ...]]:
-    """For each tile along `size` pixels what it needs of them, then of what every layer makes; the last is the tile."""
-    scale = prod(layer.scale for layer in layers)
-    count = ceil(size / edge)
-    each = scale * ceil(size / count)
-    size *= scale
+    """For each tile along `size` pixels what it needs of them, then of what every layer makes; the last is the tile.
+
+    A tile has at most `edge` pixels where there are fewest of them: below the layers, or above those that make fewer.
+    """
+    scale = prod((layer.scale for layer in layers), start=Fraction(1))
+    fewest, unit = int(size * min(1, scale)), int(max(1, scale))
+    count = ceil(fewest / edge)
+    each = unit * ceil(fewest / count)
+    size = int(size * scale)
     spans = [slice(begin, begin + each) for begin in (min(number * each, size - each) for number in range(count))]
     levels = [spans]
     for layer in reversed(layers):
-        size //= layer.scale
+        size = int(size / layer.scale)
         levels.append(_equal([layer.source(span, size) for span in levels[-1]], size))
     return list(zip(*reversed(levels), strict=True))
 
@@ -76,7 +81,7 @@ def part(layers: Sequence[Local], x: mx.array, ys: Sequence[slice], xs: Sequence
 
 
 def whole(layers: Sequence[Local], x: mx.array, edge: int) -> mx.array:
-    """All that layers of scale 1 make of x [B, H, W, C], computed in tiles of at most edge x edge."""
+    """All that layers make of x [B, H, W, C], computed in tiles of at most edge x edge; as `along` counts."""
     _, height, width, _ = x.shape
     rows, down = [], 0
     for ys in along(layers, height, edge):
@@ -96,7 +101,7 @@ def settle(*arrays: mx.array) -> None:
         mx.eval(arrays)
 
 
-def _within(source: slice, span: slice, scale: int) -> slice:
+def _within(source: slice, span: slice, scale: int | Fraction) -> slice:
     """Where a span is in what was made of its source."""
-    begin = source.start * scale
+    begin = int(source.start * scale)
     return slice(span.start - begin, span.stop - begin)

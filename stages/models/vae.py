@@ -7,6 +7,7 @@ Everything is channels-last, [B, H, W, C].
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ SCORE_BYTES = 128 << 20 if mx.cuda.is_available() else 32 << 20
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The fields of `vae/config.json` that the decoder needs."""
+    """The fields of `vae/config.json` that both halves need."""
 
     base_dim: int
     z_dim: int
@@ -195,6 +196,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKLQwenImage(nn.Module):
+    OTHERS: ClassVar = ("encoder.", "quant_conv.")  # of the checkpoint, that this half does without
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
@@ -217,19 +220,23 @@ class AutoencoderKLQwenImage(nn.Module):
         for tile, rgb in self.decoder(self.post_quant_conv(z), edge // self.config.vae_scale_factor):
             yield tile, mx.clip(rgb, -1.0, 1.0)
 
-    @staticmethod
-    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Drops the encoder and the convolutions over time, keeps the temporal slice that sees the frame."""
-        kept = {}
-        for key, weight in weights.items():
-            if key.startswith(("encoder.", "quant_conv.")) or ".time_conv." in key:
-                continue
-            if weight.ndim == 5:
-                weight = weight[:, :, -1]
-            if key.endswith(".gamma"):
-                weight = weight.flatten()
-            elif weight.ndim == 4:  # [out, in, h, w] -> MLX's [out, h, w, in]; 1x1 convolutions are Linear here
-                weight = weight.transpose(0, 2, 3, 1)
-                weight = weight[:, 0, 0] if weight.shape[1:3] == (1, 1) else weight
-            kept[key] = weight
-        return kept
+    @classmethod
+    def sanitize(cls, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        return for_single_frames(weights, cls.OTHERS)
+
+
+def for_single_frames(weights: dict[str, mx.array], others: tuple[str, ...]) -> dict[str, mx.array]:
+    """Drops what begins with `others` and the convolutions over time, keeps the temporal slice that sees the frame."""
+    kept = {}
+    for key, weight in weights.items():
+        if key.startswith(others) or ".time_conv." in key:
+            continue
+        if weight.ndim == 5:
+            weight = weight[:, :, -1]
+        if key.endswith(".gamma"):
+            weight = weight.flatten()
+        elif weight.ndim == 4:  # [out, in, h, w] -> MLX's [out, h, w, in]; 1x1 convolutions are Linear here
+            weight = weight.transpose(0, 2, 3, 1)
+            weight = weight[:, 0, 0] if weight.shape[1:3] == (1, 1) else weight
+        kept[key] = weight
+    return kept
