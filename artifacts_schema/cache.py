@@ -2,7 +2,8 @@
 
     embeddings/ab/cdef….safetensors   the data
     embeddings/ab/cdef….json          its record: written last, it makes the entry exist
-    latents/ab/cdef….zarr/            and so on
+    image_latents/ab/cdef….zarr/      and so on
+    latents/ab/cdef….zarr/
     images/ab/cdef….png
     modulations/ab/cdef….safetensors
     previews/<fingerprint>.json       what stages/preview.py has learned of a VAE; a few kB, never trimmed
@@ -24,7 +25,16 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from artifacts_schema import arrays, disk, store
 from artifacts_schema.errors import Unreadable, UserError
-from artifacts_schema.manifests import Embedding, File, ImageItem, LatentsItem, ModulationTable, Record, Sha256
+from artifacts_schema.manifests import (
+    Embedding,
+    File,
+    ImageItem,
+    ImageLatentsItem,
+    LatentsItem,
+    ModulationTable,
+    Record,
+    Sha256,
+)
 
 DAMAGED = "damaged"
 PREVIEWS = "previews"
@@ -37,7 +47,7 @@ OUR_NAMES = re.compile(r"[0-9a-f]{2}|([0-9a-f]{2})?[0-9a-f]{30}\.(json|safetenso
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 Notice = Callable[[str], None]
-Item = TypeVar("Item", Embedding, LatentsItem, ImageItem, ModulationTable)
+Item = TypeVar("Item", Embedding, ImageLatentsItem, LatentsItem, ImageItem, ModulationTable)
 
 
 class CacheRecord(Record, Generic[Item], frozen=True, kw_only=True):
@@ -57,11 +67,13 @@ class Kind(NamedTuple, Generic[Item]):
     suffix: str
 
 
+ARRAY_SUFFIX = ".zarr"
 EMBEDDINGS = Kind("embeddings", CacheRecord[Embedding], ".safetensors")
-LATENTS = Kind("latents", CacheRecord[LatentsItem], ".zarr")
+IMAGE_LATENTS = Kind("image_latents", CacheRecord[ImageLatentsItem], ARRAY_SUFFIX)
+LATENTS = Kind("latents", CacheRecord[LatentsItem], ARRAY_SUFFIX)
 IMAGES = Kind("images", CacheRecord[ImageItem], ".png")
 MODULATIONS = Kind("modulations", CacheRecord[ModulationTable], ".safetensors")
-KINDS = (EMBEDDINGS, LATENTS, IMAGES, MODULATIONS)
+KINDS = (EMBEDDINGS, IMAGE_LATENTS, LATENTS, IMAGES, MODULATIONS)
 
 
 class Moments(Record, frozen=True, kw_only=True):
@@ -311,14 +323,16 @@ def _set_aside(kind: Kind, key: str, error: Exception, notice: Notice) -> None:
 def _names(kind: Kind, key: str) -> set[str]:
     """The files that an entry's data consists of."""
     name = _data(kind, key).name
-    return {f"{name}/{path}" for path in (arrays.METADATA, arrays.chunk_name())} if kind is LATENTS else {name}
+    if kind.suffix == ARRAY_SUFFIX:
+        return {f"{name}/{path}" for path in (arrays.METADATA, arrays.chunk_name())}
+    return {name}
 
 
 def _most_bytes(item: Any) -> int:
     """An upper bound for the size of an entry's data, from what is said of it."""
     if isinstance(item, Embedding):
         return 4 * item.tokens * item.dim + item.tokens + arrays.MAX_METADATA_BYTES
-    if isinstance(item, LatentsItem):
+    if isinstance(item, LatentsItem | ImageLatentsItem):
         return arrays.chunk_bytes(item.shape) + arrays.MAX_METADATA_BYTES
     if isinstance(item, ModulationTable):
         return 4 * item.steps * (12 * item.layers + 2) * item.dim + arrays.MAX_METADATA_BYTES

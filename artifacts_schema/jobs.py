@@ -21,7 +21,7 @@ from msgspec import Meta
 from artifacts_schema import disk, store
 from artifacts_schema.errors import Damaged, Unreadable, UserError
 from artifacts_schema.manifests import DecodeDtype, Key, Precision, Record, Sha256, split
-from artifacts_schema.prompts import Prompt
+from artifacts_schema.prompts import Prompt, PromptV1
 
 JOBS = ".jobs"
 STAGES = ("encode", "denoise", "decode")
@@ -41,18 +41,27 @@ class JobV1(Record, frozen=True, tag_field="schema", tag="qwen-stage/job/1", kw_
     dtype: Precision
     decode_dtype: DecodeDtype
     priority: int = 0  # higher comes first
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[PromptV1, ...]
     checksum: str = ""
 
+    def upgrade(self) -> "JobV2":
+        return JobV2(**msgspec.structs.asdict(self), embeddings_dtype=split(self.dtype)[0])
+
+
+class JobV2(JobV1, frozen=True, tag="qwen-stage/job/2", kw_only=True):
+    """A job as it was before pictures could begin with others."""
+
+    embeddings_dtype: Precision
+
     def upgrade(self) -> "Job":
-        return Job(**msgspec.structs.asdict(self), embeddings_dtype=split(self.dtype)[0])
+        return Job(**{**msgspec.structs.asdict(self), "prompts": tuple(each.upgrade() for each in self.prompts)})
 
 
-class Job(JobV1, frozen=True, tag="qwen-stage/job/2", kw_only=True):
+class Job(JobV2, frozen=True, tag="qwen-stage/job/3", kw_only=True):
     """A drop that was taken in: its prompts, and all that they leave open but what the model itself says."""
 
-    older: ClassVar[tuple[type[Record], ...]] = (JobV1,)
-    embeddings_dtype: Precision
+    older: ClassVar[tuple[type[Record], ...]] = (JobV1, JobV2)
+    prompts: tuple[Prompt, ...]
 
 
 class Trouble(Record, frozen=True, tag_field="schema", tag="qwen-stage/trouble/1", kw_only=True):
@@ -79,14 +88,23 @@ class EndedV1(Record, frozen=True, tag_field="schema", tag="qwen-stage/ended/1",
     log: tuple[str, ...] = ()
     checksum: str = ""
 
+    def upgrade(self) -> "EndedV2":
+        return EndedV2(**{**msgspec.structs.asdict(self), "job": self.job.upgrade()})
+
+
+class EndedV2(EndedV1, frozen=True, tag="qwen-stage/ended/2", kw_only=True):
+    """How a job of version 2 ended."""
+
+    job: JobV2
+
     def upgrade(self) -> "Ended":
         return Ended(**{**msgspec.structs.asdict(self), "job": self.job.upgrade()})
 
 
-class Ended(EndedV1, frozen=True, tag="qwen-stage/ended/2", kw_only=True):
+class Ended(EndedV2, frozen=True, tag="qwen-stage/ended/3", kw_only=True):
     """How a job ended. `reason` and `log` are for people."""
 
-    older: ClassVar[tuple[type[Record], ...]] = (EndedV1,)
+    older: ClassVar[tuple[type[Record], ...]] = (EndedV1, EndedV2)
     job: Job
 
 

@@ -54,12 +54,19 @@ class SettingsV3(Record, frozen=True, kw_only=True):
     true_cfg_scale: float | None = None
 
 
-class Settings(SettingsV3, frozen=True, kw_only=True):
-    """What a prompt asks of the later stages; None leaves it to the command line or the checkpoint's defaults."""
+class SettingsV4(SettingsV3, frozen=True, kw_only=True):
+    """The same up to qwen-stage/embeddings/4 and qwen-stage/job/2."""
 
     cache_steps: float | None = None  # 0: every step is computed
     shift: float | None = None  # of the noise levels; 0: as the model has it
     sigmas: tuple[float, ...] | None = None  # the noise levels themselves but for the last, which is 0; none: as above
+
+
+class Settings(SettingsV4, frozen=True, kw_only=True):
+    """What a prompt asks of the later stages; None leaves it to the command line or the checkpoint's defaults."""
+
+    image: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] | None = None  # the hash of what to begin with; "": noise
+    strength: float | None = None  # how much of the way to noise that goes: 1 is all of it
 
 
 class PromptItemV3(Record, frozen=True, kw_only=True):
@@ -73,10 +80,25 @@ class PromptItemV3(Record, frozen=True, kw_only=True):
     settings: SettingsV3 = SettingsV3()
 
 
-class PromptItem(PromptItemV3, frozen=True, kw_only=True):
+class PromptItemV4(PromptItemV3, frozen=True, kw_only=True):
+    """One prompt, as manifests up to qwen-stage/embeddings/4 had it."""
+
+    settings: SettingsV4 = SettingsV4()
+
+
+class PromptItem(PromptItemV4, frozen=True, kw_only=True):
     """One prompt, the files of its embeddings, and the settings that came with it."""
 
     settings: Settings = Settings()
+
+
+class SourceImage(Record, frozen=True, kw_only=True):
+    """A picture that prompts begin with, as it was given. Its hash is its name in settings."""
+
+    name: str  # that the file had
+    width: Positive  # in pixels, as it is to be looked at
+    height: Positive
+    file: File
 
 
 class EmbeddingV1(Record, frozen=True, kw_only=True):
@@ -136,17 +158,41 @@ class LatentsItemV2(Record, frozen=True, kw_only=True):
         return f"{self.key}.zarr"
 
 
-class LatentsItem(LatentsItemV2, frozen=True, kw_only=True):
-    """One picture's final latents: normalized, unpacked, float32 [channels, height / 8, width / 8] in a zarr array."""
+class LatentsItemV3(LatentsItemV2, frozen=True, kw_only=True):
+    """A picture's latents as qwen-stage/latents/3 had them."""
 
     embeddings_dtype: Precision | None = None  # None: from before it was recorded
     cache_steps: float | None = None  # None: every step was computed
     shift: float | None = None  # None: as the model has it
     sigmas: tuple[float, ...] | None = None  # None: as the steps and the shift have it
 
+
+class LatentsItem(LatentsItemV3, frozen=True, kw_only=True):
+    """One picture's final latents: normalized, unpacked, float32 [channels, height / 8, width / 8] in a zarr array."""
+
+    image: Sha256 | None = None  # what it began with; None: noise
+    strength: float | None = None  # None: there is no image
+
     def unusual(self) -> dict[str, str]:
         """What most pictures leave alone, by the name of its option."""
-        return unusual(self.shift, self.sigmas, self.cache_steps)
+        return unusual(self.shift, self.sigmas, self.cache_steps, self.strength)
+
+
+class ImageLatentsItem(Record, frozen=True, kw_only=True):
+    """A picture to begin with, as latents like those of LatentsItem."""
+
+    key: Key
+    image: Sha256
+    width: Positive  # to which it was brought, in pixels
+    height: Positive
+    dtype: Dtype
+    shape: tuple[Positive, Positive, Positive]
+    files: tuple[File, ...]
+    cost: Cost
+
+    @property
+    def directory(self) -> str:
+        return f"{self.key}.zarr"
 
 
 class Recipe(Record, frozen=True, kw_only=True):
@@ -163,6 +209,8 @@ class Recipe(Record, frozen=True, kw_only=True):
     cache_steps: float | None = None  # None: every step was computed
     shift: float | None = None  # None: as the model has it
     sigmas: tuple[float, ...] | None = None  # None: as the steps and the shift have it
+    image: Sha256 | None = None  # what it began with; None: noise
+    strength: float | None = None  # None: there is no image
     model: Annotated[str, Meta(pattern="^[^\0]*$")]
     fingerprints: dict[str, Sha256]
     embeddings_dtype: Precision | None = None  # None: from before it was recorded
@@ -172,7 +220,7 @@ class Recipe(Record, frozen=True, kw_only=True):
 
     def parameters(self) -> str:
         """The same in the form that other tools read, under `parameters`."""
-        own = unusual(self.shift, self.sigmas, self.cache_steps)
+        own = unusual(self.shift, self.sigmas, self.cache_steps, self.strength)
         settings = {
             "Steps": self.num_inference_steps,
             "Sampler": "Euler",
@@ -246,8 +294,25 @@ class EmbeddingsManifestV3(Manifest, frozen=True, tag="qwen-stage/embeddings/3",
     embeddings: tuple[Embedding, ...]
     cost: Cost
 
-    def upgrade(self) -> "EmbeddingsManifest":
+    def upgrade(self) -> "EmbeddingsManifestV4":
         """Up to version 3 every step was computed, whatever was asked for."""
+        items = tuple(
+            PromptItemV4(
+                **{**msgspec.structs.asdict(item), "settings": SettingsV4(**msgspec.structs.asdict(item.settings))}
+            )
+            for item in self.items
+        )
+        return EmbeddingsManifestV4(**{**msgspec.structs.asdict(self), "items": items})
+
+
+class EmbeddingsManifestV4(Manifest, frozen=True, tag="qwen-stage/embeddings/4", kw_only=True):
+    kind: ClassVar[str] = "embeddings"
+    items: tuple[PromptItemV4, ...]
+    embeddings: tuple[Embedding, ...]
+    cost: Cost
+
+    def upgrade(self) -> "EmbeddingsManifest":
+        """Up to version 4 all pictures began with noise."""
         items = tuple(
             PromptItem(
                 **{**msgspec.structs.asdict(item), "settings": Settings(**msgspec.structs.asdict(item.settings))}
@@ -257,12 +322,23 @@ class EmbeddingsManifestV3(Manifest, frozen=True, tag="qwen-stage/embeddings/3",
         return EmbeddingsManifest(**{**msgspec.structs.asdict(self), "items": items})
 
 
-class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/4", kw_only=True):
+class EmbeddingsManifest(Manifest, frozen=True, tag="qwen-stage/embeddings/5", kw_only=True):
     kind: ClassVar[str] = "embeddings"
-    older: ClassVar[tuple[type[ManifestV1], ...]] = (EmbeddingsManifestV1, EmbeddingsManifestV2, EmbeddingsManifestV3)
+    older: ClassVar[tuple[type[ManifestV1], ...]] = (
+        EmbeddingsManifestV1,
+        EmbeddingsManifestV2,
+        EmbeddingsManifestV3,
+        EmbeddingsManifestV4,
+    )
     items: tuple[PromptItem, ...]
     embeddings: tuple[Embedding, ...]
+    images: tuple[SourceImage, ...] = ()
     cost: Cost
+
+
+class ImageLatentsManifest(Manifest, frozen=True, tag="qwen-stage/image-latents/1", kw_only=True):
+    kind: ClassVar[str] = "image_latents"
+    items: tuple[ImageLatentsItem, ...]
 
 
 class LatentsManifestV1(ManifestV1, frozen=True, tag="qwen-stage/latents/1", kw_only=True):
@@ -277,15 +353,25 @@ class LatentsManifestV2(Manifest, frozen=True, tag="qwen-stage/latents/2", kw_on
     kind: ClassVar[str] = "latents"
     items: tuple[LatentsItemV2, ...]
 
-    def upgrade(self) -> "LatentsManifest":
+    def upgrade(self) -> "LatentsManifestV3":
         """Version 2 did not say in which precision the prompts were encoded."""
+        items = tuple(LatentsItemV3(**msgspec.structs.asdict(item)) for item in self.items)
+        return LatentsManifestV3(**{**msgspec.structs.asdict(self), "items": items})
+
+
+class LatentsManifestV3(Manifest, frozen=True, tag="qwen-stage/latents/3", kw_only=True):
+    kind: ClassVar[str] = "latents"
+    items: tuple[LatentsItemV3, ...]
+
+    def upgrade(self) -> "LatentsManifest":
+        """Up to version 3 all pictures began with noise."""
         items = tuple(LatentsItem(**msgspec.structs.asdict(item)) for item in self.items)
         return LatentsManifest(**{**msgspec.structs.asdict(self), "items": items})
 
 
-class LatentsManifest(Manifest, frozen=True, tag="qwen-stage/latents/3", kw_only=True):
+class LatentsManifest(Manifest, frozen=True, tag="qwen-stage/latents/4", kw_only=True):
     kind: ClassVar[str] = "latents"
-    older: ClassVar[tuple[type[ManifestV1], ...]] = (LatentsManifestV1, LatentsManifestV2)
+    older: ClassVar[tuple[type[ManifestV1], ...]] = (LatentsManifestV1, LatentsManifestV2, LatentsManifestV3)
     items: tuple[LatentsItem, ...]
 
 
@@ -308,9 +394,12 @@ def _quoted(value: str) -> str:
     return msgspec.json.encode(value).decode() if "," in value else value
 
 
-def unusual(shift: float | None, sigmas: tuple[float, ...] | None, cache_steps: float | None) -> dict[str, str]:
+def unusual(
+    shift: float | None, sigmas: tuple[float, ...] | None, cache_steps: float | None, strength: float | None
+) -> dict[str, str]:
     """Of the settings that are mostly left alone, those that are not, by the names of their options."""
-    values = {"shift": [shift] if shift else [], "sigmas": sigmas, "cache-steps": [cache_steps] if cache_steps else []}
+    single = {"shift": shift, "cache-steps": cache_steps, "strength": strength}
+    values = {"sigmas": sigmas, **{name: (value,) for name, value in single.items() if value}}
     return {name: ",".join(map(exact, numbers)) for name, numbers in values.items() if numbers}
 
 

@@ -11,25 +11,38 @@ import msgspec
 from msgspec.structs import replace
 
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import Key, LatentsItem, PromptItem, Record, Settings
+from artifacts_schema.manifests import Key, LatentsItem, PromptItem, Record, Settings, SettingsV4
 
 FORMATS = ("txt", "toml", "jsonl")
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000  # as many as training had noise levels
 NO_GUIDANCE = 1.0  # a cfg of that or less; all guidance that is none is the same
-USUAL = Settings(cache_steps=0.0, shift=0.0, sigmas=())  # unless somebody says otherwise
+USUAL = Settings(cache_steps=0.0, shift=0.0, sigmas=(), image="", strength=0.6)  # unless somebody says otherwise
+ALL_THE_WAY = 1.0  # the strength of what begins with noise
+HELD = "sha256:"  # before the hash of an image that a run holds already
 
 T = TypeVar("T")
 
 
-class Prompt(Record, frozen=True):
-    """One prompt and what it asks for."""
+class PromptV1(Record, frozen=True):
+    """A prompt as jobs had it up to qwen-stage/job/2."""
 
     prompt: str
     negative_prompt: str | None = None
     name: str | None = None
-    settings: Settings = Settings()
+    settings: SettingsV4 = SettingsV4()
     priority: int = 0  # of the job that it came with, among the jobs of a drop folder
+
+    def upgrade(self) -> "Prompt":
+        settings = Settings(**msgspec.structs.asdict(self.settings))
+        return Prompt(**{**msgspec.structs.asdict(self), "settings": settings})
+
+
+class Prompt(PromptV1, frozen=True):
+    """One prompt and what it asks for."""
+
+    settings: Settings = Settings()
+    image: str | None = None  # the path of what to begin with, or its hash in a run that holds it
 
 
 class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -46,6 +59,8 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     cache_steps: float | None = None
     shift: float | None = None
     sigmas: list[float] | None = None
+    image: str | None = None
+    strength: float | None = None
     priority: int = 0
 
     @classmethod
@@ -62,6 +77,8 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             cache_steps=settings.cache_steps,
             shift=settings.shift,
             sigmas=None if settings.sigmas is None else list(settings.sigmas),
+            image=f"{HELD}{settings.image}" if settings.image else None,
+            strength=settings.strength,
         )
 
 
@@ -78,6 +95,8 @@ class Wanted(Record, frozen=True):
     cache_steps: float = 0.0
     shift: float = 0.0
     sigmas: tuple[float, ...] = ()
+    image: str = ""  # the hash of what it begins with, which the run holds
+    strength: float = ALL_THE_WAY
 
     def settings(self) -> Settings:
         return Settings(
@@ -89,6 +108,8 @@ class Wanted(Record, frozen=True):
             cache_steps=self.cache_steps,
             shift=self.shift,
             sigmas=self.sigmas,
+            image=self.image,
+            strength=self.strength,
         )
 
 
@@ -116,6 +137,8 @@ def resolve(*layers: Settings) -> Settings:
     fields["sigmas"] = next(layer.sigmas or () for layer in layers if _says_noise_levels(layer))
     if fields["sigmas"]:
         fields |= {"num_inference_steps": len(fields["sigmas"]), "shift": 0.0}
+    if not fields["image"]:
+        fields["strength"] = ALL_THE_WAY
     settings = check_settings(Settings(**fields))
     return replace(settings, true_cfg_scale=max(first("true_cfg_scale"), NO_GUIDANCE))
 
@@ -146,6 +169,8 @@ def as_wanted(item: LatentsItem) -> Wanted:
         cache_steps=item.cache_steps or 0.0,
         shift=item.shift or 0.0,
         sigmas=item.sigmas or (),
+        image=item.image or "",
+        strength=item.strength or ALL_THE_WAY,
     )
 
 
@@ -185,6 +210,10 @@ def check_settings(settings: Settings) -> Settings:
         raise UserError(f"cache_steps must be between 0, which is off, and 1, not {settings.cache_steps}")
     if settings.shift is not None and not (settings.shift >= 0 and math.isfinite(settings.shift)):
         raise UserError(f"shift must be positive, or 0 for the model's own, not {settings.shift}")
+    if settings.strength is not None and not 0 < settings.strength <= 1:
+        raise UserError(
+            f"strength must be above 0, which would leave the image as it is, and at most 1, not {settings.strength}"
+        )
     if settings.sigmas:
         _check_sigmas(settings, settings.sigmas)
     return settings
@@ -289,13 +318,17 @@ def _prompt(entry: Entry, where: str) -> Prompt:
             cache_steps=entry.cache_steps,
             shift=entry.shift,
             sigmas=None if entry.sigmas is None else tuple(entry.sigmas),
+            strength=entry.strength,
         )
+        if entry.image is not None and not entry.image:
+            raise UserError("image names no file; leave it out to begin with noise")
         return Prompt(
             prompt=entry.prompt,
             negative_prompt=entry.negative_prompt,
             name=entry.name,
             settings=check_settings(settings),
             priority=entry.priority,
+            image=entry.image,
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

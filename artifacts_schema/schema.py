@@ -3,11 +3,17 @@
 import msgspec
 
 from artifacts_schema.jobs import Ended, Job, Trouble
-from artifacts_schema.manifests import EmbeddingsManifest, ImagesManifest, LatentsManifest, Recipe
+from artifacts_schema.manifests import (
+    EmbeddingsManifest,
+    ImageLatentsManifest,
+    ImagesManifest,
+    LatentsManifest,
+    Recipe,
+)
 
 
 def schema() -> bytes:
-    kinds = (EmbeddingsManifest, LatentsManifest, ImagesManifest, Recipe, Job, Trouble, Ended)
+    kinds = (EmbeddingsManifest, ImageLatentsManifest, LatentsManifest, ImagesManifest, Recipe, Job, Trouble, Ended)
     roots, components = msgspec.json.schema_components(kinds)
     whole = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

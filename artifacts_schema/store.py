@@ -7,6 +7,7 @@ bytes; those of everything else stand in it.
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, Union
@@ -20,6 +21,8 @@ from artifacts_schema.manifests import (
     Embedding,
     EmbeddingsManifest,
     File,
+    ImageLatentsItem,
+    ImageLatentsManifest,
     ImagesManifest,
     LatentsItem,
     LatentsManifest,
@@ -34,8 +37,9 @@ BACKUP = "manifest.backup.json"  # the same again, for `rerun` to repair from: n
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILE_BYTES = 1 << 30  # the largest are tables of modulations: 0.9 GB for 100 steps in float32
 UNSEALED = "0" * 64
-KINDS: tuple[type[Manifest], ...] = (EmbeddingsManifest, LatentsManifest, ImagesManifest)
-MADE_BY = {"embeddings": "encode", "latents": "denoise", "images": "decode"}
+KINDS: tuple[type[Manifest], ...] = (EmbeddingsManifest, ImageLatentsManifest, LatentsManifest, ImagesManifest)
+MADE_BY = {"embeddings": "encode", "image_latents": "encode-image", "latents": "denoise", "images": "decode"}
+SOURCE_IMAGE = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")  # its hash, and the format that it is in
 
 M = TypeVar("M", bound=Manifest)
 
@@ -162,9 +166,13 @@ def listed_files(manifest: Any) -> Iterator[File]:
     """All the files that a manifest lists."""
     if isinstance(manifest, EmbeddingsManifest):
         yield from (each.file for each in manifest.embeddings)
+        yield from (image.file for image in manifest.images)
     elif isinstance(manifest, LatentsManifest):
         for item in manifest.items:
             yield from (*item.files, *item.trajectory)
+    elif isinstance(manifest, ImageLatentsManifest):
+        for each in manifest.items:
+            yield from each.files
     else:
         yield from (item.file for item in manifest.items)
 
@@ -176,7 +184,8 @@ def _check_listing(path: Path, manifest: Any) -> None:
     strange += [file.path for file in files if file.size > MAX_FILE_BYTES]
     if isinstance(manifest, EmbeddingsManifest):
         strange += [each.file.path for each in manifest.embeddings if each.file.path != f"{each.key}.safetensors"]
-    elif isinstance(manifest, LatentsManifest):
+        strange += [file.path for file in (each.file for each in manifest.images) if not _is_source_image(file)]
+    elif isinstance(manifest, LatentsManifest | ImageLatentsManifest):
         strange += [name for item in manifest.items for name in _strange_latents(item)]
     else:
         strange += [item.file.path for item in manifest.items if "/" in item.file.path]
@@ -185,7 +194,11 @@ def _check_listing(path: Path, manifest: Any) -> None:
         raise UserError(f"{path} lists {what}, which qwen-stage would not; do not trust it")
 
 
-def _strange_latents(item: LatentsItem) -> Iterator[str]:
+def _is_source_image(file: File) -> bool:
+    return file.path.startswith(file.sha256) and bool(SOURCE_IMAGE.fullmatch(file.path))
+
+
+def _strange_latents(item: LatentsItem | ImageLatentsItem) -> Iterator[str]:
     """What an item lists that we would not have written, by name or by size."""
     sizes = {file.path.removeprefix(f"{item.directory}/"): file.size for file in item.files}
     chunk = arrays.chunk_bytes(item.shape)
@@ -193,7 +206,7 @@ def _strange_latents(item: LatentsItem) -> Iterator[str]:
     if not expected or sizes[arrays.METADATA] > arrays.MAX_METADATA_BYTES:
         yield item.directory
     ours = (f"{item.key}.trajectory.zarr/", f"{item.key}.trajectory.json")
-    for file in item.trajectory:
+    for file in item.trajectory if isinstance(item, LatentsItem) else ():
         if not file.path.startswith(ours) or file.size > max(chunk, arrays.MAX_METADATA_BYTES):
             yield file.path
 
@@ -254,7 +267,7 @@ def _compare(directory: Path, file: File, sha256: str) -> None:
         raise Damaged(f"{path} is damaged (its content is not what was written); {repair(directory)}")
 
 
-def read_latents(directory: Path, item: LatentsItem) -> "np.ndarray":
+def read_latents(directory: Path, item: LatentsItem | ImageLatentsItem) -> "np.ndarray":
     """The latents [C, h, w] of an item, float32: verified against the manifest, and finite."""
     path = directory / item.directory
     if any(_strange_latents(item)):
@@ -268,12 +281,12 @@ def read_latents(directory: Path, item: LatentsItem) -> "np.ndarray":
         raise UserError(f"{path} {error}; {repair(directory)}") from None
 
 
-def read_array(directory: Path, item: LatentsItem) -> dict[str, bytes]:
+def read_array(directory: Path, item: LatentsItem | ImageLatentsItem) -> dict[str, bytes]:
     """The verified files of an item's latents, by their paths in the array's directory."""
     return {file.path.removeprefix(f"{item.directory}/"): read_file(directory, file) for file in item.files}
 
 
-def strangers(directory: Path, item: LatentsItem) -> list[str]:
+def strangers(directory: Path, item: LatentsItem | ImageLatentsItem) -> list[str]:
     """What lies in an array's directory and is not part of it: a file browser's notes, or something worse."""
     return sorted(_inside(directory / item.directory) - {arrays.METADATA, arrays.chunk_name()})
 

@@ -151,14 +151,14 @@ def our_decode(work: Work) -> tuple[float, float]:
     import numpy as np
 
     from stages import memory
-    from stages.decode import TILES, pixels_of
+    from stages.decode import pixels_of
     from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
 
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in full_size.VAE.items()}
     vae = randomize(AutoencoderKLQwenImage(VAEConfig(**config)), work.dtype)
     latents = np.random.default_rng(0).standard_normal((16, work.size // 8, work.size // 8), np.float32)
     held = mx.get_active_memory()
-    edge = min(work.size, TILES[0])
+    edge = min(work.size, memory.TILES[0])
     states = memory.picture_states(vae.config, work.size, work.size, edge, work.dtype)
     mx.reset_peak_memory()
     with memory.bounded(held, states, memory.budget(None)):

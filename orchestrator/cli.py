@@ -120,6 +120,7 @@ def _encode(args: argparse.Namespace) -> int:
         prompts,
         checkpoint,
         args.out,
+        beside=None if str(args.prompts) == "-" else args.prompts.parent,
         negative_prompt=args.negative_prompt,
         dtype=_precision(args),
         truncate=args.truncate,
@@ -129,6 +130,31 @@ def _encode(args: argparse.Namespace) -> int:
         notice=args.voice.notice,
     )
     print(run)
+    return EXIT_DONE
+
+
+def _encode_image(args: argparse.Namespace) -> int:
+    from artifacts_schema.manifests import Settings
+    from artifacts_schema.prompts import parse_size, parse_wanted
+    from stages.encode_image import encode_image
+
+    wanted = parse_wanted(*_read_items(args.items)) if args.items else None
+    if wanted is not None and args.size:
+        raise UserError("--items says sizes itself; leave --size out")
+    width, height = parse_size(args.size) if args.size else (None, None)
+    directory = encode_image(
+        args.run,
+        args.model,
+        Settings(width=width, height=height),
+        wanted=wanted,
+        budget=args.memory,
+        tile=args.tile,
+        report=args.voice.report,
+        notice=args.voice.notice,
+    )
+    if directory is None:
+        raise UserError(f"no prompt in {args.run} begins with an image; say which with `image` in a prompt file")
+    print(directory)
     return EXIT_DONE
 
 
@@ -197,8 +223,12 @@ def _fit_preview(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """encode, denoise, decode, each as a process. Settings travel with the prompts, as in a prompt file."""
+    from msgspec.structs import replace
+
+    from artifacts_schema import disk, keys
     from artifacts_schema.prompts import Entry, to_jsonl
     from orchestrator.run import stage
+    from stages.picture import MAX_BYTES
 
     args.decode_dtype = args.dtype if args.dtype == "float32" else None  # there is better than bfloat16 for pictures
     if args.like is not None:
@@ -206,6 +236,8 @@ def _run(args: argparse.Namespace) -> int:
     if not args.prompts:
         raise UserError("give a prompt, or a picture to make again with --like")
     settings = _settings(args, args.seed)
+    if args.image is None and args.strength is not None:
+        raise UserError("--strength says how much an image is to change; give that with --image")
     if args.noise is not None and not args.noise.is_file():
         raise UserError(f"--noise {args.noise}: no such file")
     size = None if settings.width is None else f"{settings.width}x{settings.height}"
@@ -220,6 +252,8 @@ def _run(args: argparse.Namespace) -> int:
             cache_steps=settings.cache_steps,
             shift=settings.shift,
             sigmas=None if settings.sigmas is None else list(settings.sigmas),
+            image=None if args.image is None else str(args.image.absolute()),
+            strength=settings.strength,
         )
         for prompt in args.prompts
     ]
@@ -233,6 +267,11 @@ def _run(args: argparse.Namespace) -> int:
     if code:
         return code
     run = lines[-1]
+    if args.image is not None:
+        settings = replace(settings, image=keys.sha256(disk.read(args.image, MAX_BYTES)))
+        code, _ = stage("encode-image", *common, "--", run)
+        if code:
+            return code
     denoising = [*streaming, *_option("--dtype", args.dtype), *_option("--quantize", args.quantize)]
     denoising += [f"--batch={args.batch}", *_option("--noise", args.noise)]
     denoising += _flag("batch-guidance", args.batch_guidance)
@@ -266,6 +305,9 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
         _notice(f"{picture} was made with another {' and '.join(others)}: this picture will be another")
     if recipe.seed is None and not args.seed and args.noise is None:
         raise UserError(f"{picture} was made from a file of noise; give that with --noise, or a --seed")
+    if recipe.image and args.image is None:
+        args.image = _source_image(picture, recipe.image)
+        args.strength = recipe.strength if args.strength is None else args.strength
     args.prompts = args.prompts or [recipe.prompt]
     args.model = following(args.model, recipe.model)
     args.seed = args.seed or ([] if recipe.seed is None else [recipe.seed])
@@ -283,6 +325,19 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
     _, text_bits = split(recipe.embeddings_dtype or compute)
     args.quantize_text = text_bits if args.quantize_text is None else args.quantize_text
     args.dtype, args.decode_dtype = args.dtype or compute, args.decode_dtype or recipe.decode_dtype or "float32"
+
+
+def _source_image(picture: Path, sha256: str) -> Path:
+    """What a picture began with, as its run holds it."""
+    from artifacts_schema import store
+    from artifacts_schema.manifests import EmbeddingsManifest
+
+    directory = picture.resolve().parent.parent / EmbeddingsManifest.kind
+    manifest = store.read_manifest_if_any(directory, EmbeddingsManifest)
+    for image in manifest.images if manifest else ():
+        if image.file.sha256 == sha256:
+            return directory / image.file.path
+    raise UserError(f"{picture} began with an image that is not here; give that with --image")
 
 
 def _rerun(args: argparse.Namespace) -> int:
@@ -317,7 +372,8 @@ def _pictures(run: Path, prompts: list[str], settings: "Settings") -> list[Path]
         seeds = {item.seed} if settings.seeds is None else {*settings.seeds, None}
         fields = ("width", "height", "num_inference_steps", "true_cfg_scale")
         same = all(getattr(settings, field) in (None, getattr(item, field)) for field in fields)
-        unusual = ("cache_steps", "shift", "sigmas")
+        same &= (settings.image or None) == item.image
+        unusual = ("cache_steps", "shift", "sigmas", "strength")
         same &= all(
             getattr(settings, field) in (None, getattr(item, field) or getattr(USUAL, field)) for field in unusual
         )
@@ -596,6 +652,7 @@ def _settings(args: argparse.Namespace, seeds: list[int]) -> "Settings":
             cache_steps=args.cache_steps,
             shift=args.shift,
             sigmas=args.sigmas,
+            strength=args.strength,
         )
     )
 
@@ -716,6 +773,8 @@ def _parser() -> argparse.ArgumentParser:
         "the noise levels themselves, separated by commas, as in 1,0.9,0.75,0.5; instead of --steps and --shift"
     )
     add("--sigmas", type=_numbers, metavar="LIST", help=sigmas_help)
+    strength_help = "how much an image is to change that a prompt begins with, from 0 to 1; default: 0.6"
+    add("--strength", type=float, metavar="S", help=strength_help)
     preset_help = "steps, cfg and shift for checkpoints that need few steps"
     add("--preset", choices=tuple(PRESETS), help=preset_help)
     cache_help = (
@@ -746,6 +805,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("prompts", nargs="*", type=_text, metavar="PROMPT")
     like_help = "a picture of qwen-stage: what is not said otherwise is as it was made"
+    image_help = "begin with this picture, not with noise alone"
+    run.add_argument("--image", type=_path, metavar="FILE", help=image_help)
     run.add_argument("--like", type=_path, metavar="PNG", help=like_help)
     run.set_defaults(command=_run)
 
@@ -755,6 +816,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("--format", choices=("txt", "toml", "jsonl"), help="default: by the file's name")
     encode.set_defaults(command=_encode)
+
+    encode_image = commands.add_parser(
+        "encode-image", parents=[common], help="the images that prompts begin with to latents, before denoise"
+    )
+    add = encode_image.add_argument
+    add("run", type=_path, metavar="DIR", help="a run or its embeddings/")
+    add("--size", metavar="WxH", help="in pixels; default: as the prompts say, or of the image's shape")
+    add("--items", type=_path, metavar="FILE", help="only the images of these pictures, as denoise takes them")
+    tile_help = "work on squares of so many pixels at a time: less is less memory, and slower; default: what fits"
+    add("--tile", type=int, metavar="PIXELS", help=tile_help)
+    encode_image.set_defaults(command=_encode_image)
 
     denoise = commands.add_parser(
         "denoise", parents=[writing, beginning, denoising, loading], help="embeddings to latents"
@@ -773,7 +845,6 @@ def _parser() -> argparse.ArgumentParser:
     decode_dtype_help = "number format to compute in; default: float16 on NVIDIA GPUs, else float32"
     decode.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=decode_dtype_help)
     decode.add_argument("--items", type=_path, metavar="FILE", help="only the latents with these keys, one a line")
-    tile_help = "decode squares of so many pixels at a time: less is less memory, and slower; default: what fits"
     decode.add_argument("--tile", type=int, metavar="PIXELS", help=tile_help)
     decode.set_defaults(command=_decode)
 
@@ -842,7 +913,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="WxH", help="in pixels; default: the model's own, or 1024x1024")
     add("--steps", "--num-inference-steps", type=int, metavar="N", help="default: the model's own, or 50")
     add("--cfg", "--true-cfg-scale", type=float, metavar="S", help=cfg_help)
-    doctor.set_defaults(command=_doctor, cache_steps=None, shift=None, sigmas=None)
+    doctor.set_defaults(command=_doctor, cache_steps=None, shift=None, sigmas=None, strength=None)
 
     models = commands.add_parser("models", help="checkpoints: those that are here, download one, make a smaller one")
     actions = models.add_subparsers(required=True, metavar="ACTION")

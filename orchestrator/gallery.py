@@ -179,7 +179,7 @@ def _card(each: Shown) -> str:
 def _command(each: Shown) -> list[str]:
     """What makes the picture again, from anywhere where its settings are known."""
     image, latents = each.image, each.latents
-    if latents is None or image.seed is None:
+    if latents is None or image.seed is None or latents.image:  # what it began with is known beside it
         return ["qwen-stage", "run", "--like", each.place + image.file.path]
     size = f"--size={latents.width}x{latents.height}"
     options = [size, f"--steps={latents.num_inference_steps}", f"--cfg={exact(latents.true_cfg_scale)}"]

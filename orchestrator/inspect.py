@@ -14,6 +14,8 @@ from artifacts_schema.manifests import (
     EmbeddingsManifest,
     File,
     ImageItem,
+    ImageLatentsItem,
+    ImageLatentsManifest,
     ImagesManifest,
     LatentsItem,
     LatentsManifest,
@@ -97,7 +99,7 @@ def _lineage(path: Path) -> tuple[list[tuple[Path, ImageItem | LatentsItem | Emb
 def in_words(directory: Path, manifest: Any) -> Iterator[str]:
     """One line for the artifact, one for each item."""
     count = len(manifest.items)
-    noun = "prompt" if isinstance(manifest, EmbeddingsManifest) else "picture"
+    noun = {EmbeddingsManifest.kind: "prompt", ImageLatentsManifest.kind: "image"}.get(manifest.kind, "picture")
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     yield f"{directory}: {count} {noun}{'' if count == 1 else 's'}, with {manifest.model.name}, by {versions}"
     for number, item in enumerate(manifest.items, 1):
@@ -107,10 +109,14 @@ def in_words(directory: Path, manifest: Any) -> Iterator[str]:
             how += f", cfg {exact(item.true_cfg_scale)}"
             how += "".join(f", {name} {value}" for name, value in item.unusual().items())
             yield f"  {number:04d} {item.prompt!r}: {how}, {item.dtype}, {cost(item)}"
+        elif isinstance(item, ImageLatentsItem):
+            yield f"  {item.image[:12]}… at {item.width}x{item.height}, {item.dtype}, {cost(item)}"
         elif isinstance(manifest, ImagesManifest):
             yield f"  {item.file.path}: {item.prompt!r}, from latents {item.latents_key}, {cost(item)}"
         else:
-            yield f"  {item.prompt!r}, not {item.negative_prompt!r}"
+            names = {image.file.sha256: image.name for image in manifest.images}
+            begins = f", from {names.get(item.settings.image, 'an image')}" if item.settings.image else ""
+            yield f"  {item.prompt!r}, not {item.negative_prompt!r}{begins}"
 
 
 def cost(item: Any) -> str:
@@ -154,7 +160,7 @@ def damaged(artifact: Artifact) -> list[str]:
         held = {each.key for each in manifest.embeddings}
         lost = [item.prompt for item in manifest.items if not {item.prompt_key, item.negative_key} <= held]
         found += [f"{directory} lacks the embeddings of {prompt!r}; {store.repair(directory)}" for prompt in lost]
-    if isinstance(manifest, LatentsManifest):
+    if isinstance(manifest, LatentsManifest | ImageLatentsManifest):
         strange = [directory / i.directory / name for i in manifest.items for name in store.strangers(directory, i)]
         found += [f"{path} is no part of the array it lies in; {store.repair(directory)}" for path in strange]
     return found

@@ -61,6 +61,9 @@ class Intake(NamedTuple):
             checkpoint = self._checkpoint(recipe, source)
         else:
             prompts = parse_prompts(data, claim.path.suffix.lower().removeprefix("."), source)
+        if any(prompt.image for prompt in prompts):
+            raise UserError(f"{source} begins with an image, which drops cannot yet; use `qwen-stage run --image`")
+        if not recipe:
             checkpoint = open_checkpoint(self.model)
         return Job(
             id=claim.id,
@@ -118,6 +121,8 @@ def _text(name: str) -> str:
 
 
 def _made(recipe: Recipe, source: str) -> Entry:
+    if recipe.image:
+        raise UserError(f"{source} began with an image; make it again with `qwen-stage run --like {source}`")
     if recipe.seed is None:
         raise UserError(f"{source} was made from a file of noise; make it again with `qwen-stage run --like --noise`")
     return Entry(
@@ -136,7 +141,7 @@ def _made(recipe: Recipe, source: str) -> Entry:
 def _whole(prompt: Prompt, defaults: Settings) -> Prompt:
     """With nothing left open, as `encode` will list it."""
     negative = DEFAULT_NEGATIVE_PROMPT if prompt.negative_prompt is None else prompt.negative_prompt
-    settings = resolve(prompt.settings, defaults)
+    settings = replace(resolve(prompt.settings, defaults), image=None, strength=None)  # they begin with noise
     return replace(prompt, negative_prompt=negative, settings=settings, priority=0)
 
 

@@ -77,6 +77,7 @@ class Rerun:
             items = self._numbered(numbers) if numbers else self._items()
             if start == "encode":
                 self._encode({item.prompt_key for item in items} if numbers else None)
+                self._encode_images([as_wanted(item) for item in items])
             if start == "decode":
                 keys = [item.key for item in items]
             elif items:
@@ -149,6 +150,11 @@ class Rerun:
                 stdin=to_jsonl([Entry.of(item) for item in items]),
             )
 
+    def _encode_images(self, wanted: list[Wanted]) -> None:
+        """Those that pictures begin with, where they are missing or damaged."""
+        if lines := to_jsonl([each for each in wanted if each.image]):
+            self._stage("encode-image", "--items=-", *self.model, "--", str(self.run), stdin=lines)
+
     def _denoise(self, items: list[LatentsItem], changes: Changes) -> list[str]:
         """Asks for these pictures again, changed. Returns the keys of their latents."""
         keys = []
@@ -173,6 +179,7 @@ class Rerun:
                 f"{self.run} holds latents without their embeddings; make them again where those are, with "
                 f"`qwen-stage denoise --embeddings RUN --out {self.run}`"
             )
+        self._encode_images([each for (each, _), _ in missing])
         for (dtype, keep), group in _grouped(missing, lambda one: (one[0][1], one[1])):
             options = [*precision(dtype), *(["--keep-trajectory"] if keep else []), *self.options]
             lines = to_jsonl([each for (each, _), _ in group])
@@ -191,8 +198,10 @@ class Rerun:
         """The first pictures of a run that has only embeddings."""
         if changes.more_seeds:
             raise UserError(f"{self.run} has no pictures yet to add seeds to; give the seeds themselves")
-        settings = changes.settings
+        settings, embeddings = changes.settings, self._read(EmbeddingsManifest)
         size = None if settings.width is None else f"{settings.width}x{settings.height}"
+        if embeddings and any(item.settings.image for item in embeddings.items):
+            self._stage("encode-image", *self.model, *_option("--size", size), "--", str(self.run))
         self._stage(
             "denoise",
             f"--embeddings={self.run}",
@@ -204,6 +213,7 @@ class Rerun:
             *_option("--cfg", settings.true_cfg_scale),
             *_option("--cache-steps", settings.cache_steps),
             *_option("--shift", settings.shift),
+            *_option("--strength", settings.strength),
             *_option("--sigmas", settings.sigmas and ",".join(map(str, settings.sigmas))),
             *(["--seed", *map(str, settings.seeds)] if settings.seeds else []),
             *(["--keep-trajectory"] if changes.keep_trajectory else []),
@@ -279,6 +289,7 @@ def _changed(
             shift=0.0 if sigmas else wanted.shift if settings.shift is None else settings.shift,
             true_cfg_scale=cfg,
             cache_steps=wanted.cache_steps if settings.cache_steps is None else settings.cache_steps,
+            strength=settings.strength if wanted.image and settings.strength else wanted.strength,
         )
         for seed in seeds:
             yield item, replace(changed, seed=seed)

@@ -41,10 +41,6 @@ CODE_VERSION = 2  # raised whenever the same latents would give other pixels
 DEFAULT_DTYPE: DecodeDtype = "float16" if has_cuda() else "float32"
 FALLBACK_DTYPE: DecodeDtype = "float32"  # for numbers that the other cannot hold
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# pixels, the edge of what is decoded at a time: halos add 23% to the arithmetic with 512; with 256 they add 50%
-TILES = (1024, 512, 256, 128) if has_cuda() else (512, 256, 128)
-SMALLEST_TILE = 64  # pixels: here the halos are three quarters of the arithmetic already
-CACHE_BYTES = 256 << 20  # of freed memory that MLX may keep for reuse: two layers of such a tile at full resolution
 SLUG_LENGTH = 40  # characters of the prompt in a file name
 
 
@@ -75,8 +71,7 @@ def decode(
         manifest = replace(manifest, model=replace(manifest.model, name=checkpoint.name))
     else:
         checkpoint.check_made_with(manifest.model, ("vae",), f"the latents in {source} were")
-    if tile is not None and (tile < SMALLEST_TILE or tile % checkpoint.vae_scale_factor):
-        raise UserError(f"--tile {tile}: must be a multiple of {checkpoint.vae_scale_factor}, at least {SMALLEST_TILE}")
+    memory.check_tile(tile, checkpoint.vae_scale_factor)
     if unknown := (items or frozenset()) - {item.key for item in manifest.items}:
         raise UserError(f"{source} holds no latents {min(unknown)!r}; `qwen-stage inspect --json` lists their keys")
 
@@ -96,10 +91,7 @@ def decode(
             raise errors[0]
         if todo:
             prepare_mlx("decode")
-            import mlx.core as mx
-
-            if not has_cuda():
-                mx.set_cache_limit(CACHE_BYTES)
+            memory.limit_cache()
             sizes = {(images.wanted[key].height, images.wanted[key].width) for key in todo}
             decoder = Decoder(checkpoint, dtype, sizes, tile, memory.budget(budget))
             tiles_done, tiles = count(1), sum(_tiles(images.wanted[key], decoder.edge) for key in todo)
@@ -150,7 +142,7 @@ class Decoder:
         config = checkpoint.config("vae", VAEConfig)
         states = {
             edge: max(memory.picture_states(config, *size, edge, dtype) for size in sizes)
-            for edge in (*TILES, *([tile] if tile else []))
+            for edge in (*memory.TILES, *([tile] if tile else []))
         }
         self.edge = memory.tile(self.weights, states, tile, within)
         self.states = states[self.edge]
@@ -304,6 +296,8 @@ def _recipe(item: LatentsItem, model: Model, decode_dtype: str) -> Recipe:
         cache_steps=item.cache_steps,
         shift=item.shift,
         sigmas=item.sigmas,
+        image=item.image,
+        strength=item.strength,
         model=str(ModelName.parse(model.name).for_others()),
         fingerprints=model.fingerprints,
         embeddings_dtype=item.embeddings_dtype,

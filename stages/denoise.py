@@ -21,6 +21,8 @@ from artifacts_schema.manifests import (
     Embedding,
     EmbeddingsManifest,
     File,
+    ImageLatentsItem,
+    ImageLatentsManifest,
     LatentsItem,
     LatentsManifest,
     Model,
@@ -65,6 +67,13 @@ class Resolved(NamedTuple):
     cache_steps: float
     shift: float
     sigmas: tuple[float, ...]
+    image: str
+    strength: float
+
+    @property
+    def first_step(self) -> int:
+        """Where an image comes in; the steps before, noisier ones, are left out. Rounded as diffusers does it."""
+        return int(max(self.steps - min(self.steps * self.strength, self.steps), 0)) if self.image else 0
 
     @property
     def guided(self) -> bool:
@@ -81,6 +90,7 @@ class Job:
     seed: int | None
     noise: "mx.array | None"
     noise_sha256: str | None
+    image: ImageLatentsItem | None  # that it begins with, instead of noise alone
     shape: tuple[int, int, int]  # of the latents, [C, h, w]
     key: str
 
@@ -134,7 +144,8 @@ def denoise(
     pictures = (
         _all_pictures(manifest, checkpoint, check_settings(overrides)) if wanted is None else _find(wanted, manifest)
     )
-    jobs = _jobs(pictures, manifest, checkpoint, config, noise, dtype)
+    images = Images.of(store.run_of(source), pictures, checkpoint)
+    jobs = _jobs(pictures, manifest, checkpoint, config, noise, images, dtype)
 
     if any(not job.settings.guided and job.item.negative_prompt.strip() for job in jobs):
         notice("negative prompts are not used where cfg is 1 or less")
@@ -171,15 +182,17 @@ def denoise(
             watch = Stopwatch(keep_peak=not begun)  # loading may be what takes most
             begun += len(group)
             label = f"denoise {begun}/{len(todo)}"
-            trajectories = [Trajectory(directory, job.key, job.settings.steps, job.shape) for job in group]
+            first = group[0].settings.first_step
+            trajectories = [Trajectory(directory, job.key, job.settings.steps - first, job.shape) for job in group]
             keep = any(job.key in latents.with_steps for job in group)
             bounded = memory.bounded(weights.streamed if stream else weights.whole, own_states, within)
             with bounded, deferring() as interrupted, live or nullcontext():
                 results = _denoise_batch(
                     transformer,
-                    sigmas,
-                    tables.of(sigmas),
+                    sigmas[first:],
+                    tables.of(sigmas, first),
                     group,
+                    images.read(group[0]),
                     prompts,
                     mlx_dtype(compute),
                     pair,
@@ -199,6 +212,41 @@ def denoise(
         latents.publish()
     cache.trim(cache_limit)
     return directory, failures
+
+
+class Images(NamedTuple):
+    """What a run holds of images to begin with."""
+
+    directory: Path
+    items: dict[tuple[str, int, int], ImageLatentsItem]  # by the image's hash and the size
+
+    @classmethod
+    def of(cls, run: Path, pictures: "list[tuple[PromptItem, Resolved, int]]", checkpoint: Checkpoint) -> "Images":
+        """Reads no manifest that is not needed."""
+        directory = run / ImageLatentsManifest.kind
+        manifest = None
+        if any(own.image for _, own, _ in pictures):
+            manifest = store.read_manifest_if_any(directory, ImageLatentsManifest)
+        if manifest:
+            checkpoint.check_made_with(manifest.model, ("vae",), f"the image latents in {directory} were")
+        items = manifest.items if manifest else ()
+        return cls(directory, {(item.image, item.width, item.height): item for item in items})
+
+    def find(self, prompt: str, own: Resolved) -> ImageLatentsItem | None:
+        """Those that a picture begins with. UserError if they are not there."""
+        if not own.image:
+            return None
+        size = f"{own.width}x{own.height}"
+        if found := self.items.get((own.image, own.width, own.height)):
+            return found
+        run = store.run_of(self.directory)
+        raise UserError(
+            f"the image that {prompt!r} begins with is not encoded at {size}; "
+            f"run `qwen-stage encode-image {run} --size {size}` first"
+        )
+
+    def read(self, job: Job) -> "np.ndarray | None":
+        return store.read_latents(self.directory, job.image) if job.image else None
 
 
 class Latents:
@@ -358,6 +406,7 @@ def _jobs(
     checkpoint: Checkpoint,
     config: "TransformerConfig",
     noise: Path | None,
+    images: "Images",
     dtype: str,
 ) -> list[Job]:
     injected = _load_noise(noise, len(wanted)) if noise else None
@@ -387,9 +436,16 @@ def _jobs(
             "code": CODE_VERSION,
         }
         unusual: dict[str, Any] = {"cache_steps": own.cache_steps, "shift": own.shift, "sigmas": own.sigmas}
+        image = images.find(item.prompt, own)
+        if image and image.shape != shape:
+            raise UserError(f"the image latents of {item.prompt!r} are {image.shape} where the model needs {shape}")
+        if image:
+            unusual |= {"image": image.key, "strength": own.strength}
         determined_by |= {name: value for name, value in unusual.items() if value}
         key = keys.key(determined_by)
-        jobs.append(Job(item, prompt.dtype, own, None if noise_sha256 else seed, array, noise_sha256, shape, key))
+        jobs.append(
+            Job(item, prompt.dtype, own, None if noise_sha256 else seed, array, noise_sha256, image, shape, key)
+        )
     return list({job.key: job for job in jobs}.values())  # a prompt written twice is one picture
 
 
@@ -497,6 +553,7 @@ def _denoise_batch(
     sigmas: Sigmas,
     modulations: Table,
     jobs: list[Job],
+    image: "np.ndarray | None",
     prompts: "dict[str, mx.array]",
     compute: "mx.Dtype",
     batch_guidance: bool,
@@ -505,7 +562,10 @@ def _denoise_batch(
     resumed_after: Callable[[int], None],
     preview: Preview | None,
 ) -> "list[np.ndarray]":
-    """The final latents [C, h, w] of each job, float32. The jobs share size, steps and guidance."""
+    """The final latents [C, h, w] of each job, float32. The jobs share size, steps, guidance and image.
+
+    `sigmas` and `modulations` are those of the steps to take; `image` [C, h, w] is what they begin with, if not noise.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -519,7 +579,10 @@ def _denoise_batch(
         latents = pack_latents(mx.array(np.stack(stored)))
         resumed_after(start)
     else:
-        start, latents = 0, pack_latents(mx.stack([_noise(job) for job in jobs]))
+        begin = mx.stack([_noise(job) for job in jobs])
+        if image is not None:
+            begin = sigmas[0] * begin + (1 - sigmas[0]) * mx.array(image)
+        start, latents = 0, pack_latents(begin)
 
     reached = {start: latents}  # by the step: the last, and the one to go on from
 
@@ -536,7 +599,7 @@ def _denoise_batch(
         txt_seq_lens = [each.shape[0] for each in packed]
         texts.append(transformer.text(mx.concatenate(packed).astype(compute), txt_seq_lens, height // 2, width // 2))
 
-    steps = settings.steps
+    steps = len(modulations)
     step_done(start, steps)
     if not start:
         checkpoints.after(0, False, 0, unpacked)
@@ -602,6 +665,8 @@ def _latents_item(
         cache_steps=job.settings.cache_steps or None,
         shift=job.settings.shift or None,
         sigmas=job.settings.sigmas or None,
+        image=job.settings.image or None,
+        strength=job.settings.strength if job.settings.image else None,
         embeddings_dtype=job.embeddings_dtype,
         dtype=dtype,
         shape=job.shape,

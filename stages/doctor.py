@@ -12,7 +12,7 @@ from artifacts_schema.errors import UserError
 from stages import memory
 from stages.backend import PACKAGE, open_blas
 from stages.checkpoint import Checkpoint, default_dtype, weight_files
-from stages.decode import DEFAULT_DTYPE, TILES
+from stages.decode import DEFAULT_DTYPE
 from stages.denoise import Resolved
 from stages.measure import gigabytes
 from stages.memory import Budget, Weights
@@ -102,7 +102,7 @@ def _ways(checkpoint: Checkpoint, settings: Resolved, dtype: str, within: Budget
     vae_config = checkpoint.config("vae", VAEConfig)
     vae = Loading(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig, DEFAULT_DTYPE).weights()
     needs = {}
-    for edge in TILES:
+    for edge in memory.TILES:
         states = memory.picture_states(vae_config, settings.height, settings.width, edge, DEFAULT_DTYPE)
         needs[edge], _ = memory.needs(vae, states)
     chosen = memory.largest_tile(needs, within)

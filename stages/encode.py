@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from artifacts_schema import cache, keys, store
 from artifacts_schema.errors import UserError
-from artifacts_schema.manifests import Embedding, EmbeddingsManifest, PromptItem, split
-from artifacts_schema.prompts import Prompt
-from stages import memory
+from artifacts_schema.manifests import Embedding, EmbeddingsManifest, PromptItem, SourceImage, split
+from artifacts_schema.prompts import HELD, Prompt
+from stages import memory, picture
 from stages.backend import prepare_mlx
 from stages.checkpoint import Checkpoint, default_dtype
 from stages.measure import Notice, Report, Stopwatch, versions
@@ -37,11 +38,22 @@ class Tokens:
     prompt_tokens: int  # before the cut, the template's prefix not counted
 
 
+class Image(NamedTuple):
+    """What a prompt begins with: a file, or what the run holds already."""
+
+    sha256: str
+    name: str
+    width: int
+    height: int
+    picture: picture.Picture | None
+
+
 def encode(
     prompts: list[Prompt],
     checkpoint: Checkpoint,
     out: Path | None,
     *,
+    beside: Path | None = None,
     negative_prompt: str | None = None,
     dtype: str | None = None,
     truncate: bool = False,
@@ -52,8 +64,10 @@ def encode(
 ) -> Path:
     """Encodes prompts and their negative prompts; each distinct text once, and none that the cache or the run holds.
 
-    `negative_prompt` holds for prompts that bring none. Writes `out/embeddings` (a new `run<N>` without `out`),
-    adding to the prompts that are there, and returns the run directory. `dtype` may be quantized, as in bfloat16-q8.
+    Images to begin with become part of the run; their paths are relative to `beside`, and where no size is said, it is
+    about the model's own, in the image's shape. `negative_prompt` holds for prompts that bring none. Writes
+    `out/embeddings` (a new `run<N>` without `out`), adding to the prompts that are there, and returns the run
+    directory. `dtype` may be quantized, as in bfloat16-q8.
     With `stream`, all texts pass through one layer after the other, and no more than two layers are in memory; None
     decides by what is to be done and the memory there is, or that `budget` allows in bytes. Raises UserError for bad
     input before any weight is read. When everything is cached, no tensor library is imported.
@@ -61,6 +75,8 @@ def encode(
     watch = Stopwatch()
     cache_limit = cache.limit()
     dtype = dtype or default_dtype()
+    images = {given: _image(given, beside, out) for given in dict.fromkeys(p.image for p in prompts) if given}
+    prompts = [_with_image(prompt, images[prompt.image], checkpoint) if prompt.image else prompt for prompt in prompts]
     default_negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     negatives = [default_negative if p.negative_prompt is None else p.negative_prompt for p in prompts]
     texts = {text: _key(text, checkpoint, dtype) for text in [*(p.prompt for p in prompts), *negatives]}
@@ -87,6 +103,14 @@ def encode(
                     tokens |= _tokenize([text for text in todo if text not in tokens], checkpoint)
                     wanted = {text: tokens[text] for text in todo}
                     held |= _embed(wanted, texts, checkpoint, dtype, directory, stream, budget, report, notice)
+        listed_images = {each.file.sha256: each for each in before.images} if before else {}
+        for image in images.values():
+            if image.picture:
+                name = f"{image.sha256}.{image.picture.format}"
+                (file,) = store.publish(directory, name, image.picture.data)
+                listed_images[image.sha256] = SourceImage(
+                    name=image.name, width=image.width, height=image.height, file=file
+                )
         items = [
             PromptItem(
                 prompt=prompt.prompt,
@@ -103,6 +127,7 @@ def encode(
             model=checkpoint.model(*COMPONENTS),
             items=tuple(dict.fromkeys([*(before.items if before else ()), *items])),
             embeddings=tuple({**listed, **held}.values()),  # what is damaged stays listed, for `rerun` to repair
+            images=tuple(listed_images.values()),
             cost=watch.cost(),
         )
         store.write_manifest(directory, manifest)
@@ -122,6 +147,28 @@ def _key(text: str, checkpoint: Checkpoint, dtype: str) -> str:
             "prompt": text,
         }
     )
+
+
+def _image(given: str, beside: Path | None, run: Path | None) -> Image:
+    if not given.startswith(HELD):
+        path = (beside or Path()) / given
+        read = picture.read(path)
+        name = path.name.encode("utf-8", "replace").decode()  # Linux knows some that are no text
+        return Image(read.sha256, name, read.width, read.height, read)
+    before = store.read_manifest_if_any(run / EmbeddingsManifest.kind, EmbeddingsManifest) if run else None
+    for each in before.images if before else ():
+        if each.file.sha256 == given.removeprefix(HELD):
+            return Image(each.file.sha256, each.name, each.width, each.height, None)
+    raise UserError(f"image {given} is none that {run or 'a new run'} holds; give the file's path")
+
+
+def _with_image(prompt: Prompt, image: Image, checkpoint: Checkpoint) -> Prompt:
+    settings = replace(prompt.settings, image=image.sha256)
+    if settings.width is settings.height is None:
+        area = (checkpoint.defaults.width or 0) * (checkpoint.defaults.height or 0)
+        width, height = picture.size_like(image.width, image.height, area, 2 * checkpoint.vae_scale_factor)
+        settings = replace(settings, width=width, height=height)
+    return replace(prompt, settings=settings)
 
 
 def _check(prompt: Prompt, text: str, prompt_tokens: int, truncate: bool, checkpoint: Checkpoint) -> None:

@@ -28,6 +28,10 @@ CACHED = 3  # numbers for each of a token's, of the states before and what was a
 ATTENTION_COPIES = 4.4  # of the decoder's middle: normed, keys, values, what comes out; and scores
 # numbers for each of a tile's pixels and channels, halo included: on CPUs, a convolution's unfolded input
 TILE_ACTIVATIONS = 8 if has_cuda() else 18
+# pixels, the edge of what the VAE works on at a time: halos add 23% to decoding with 512; with 256 they add 50%
+TILES = (1024, 512, 256, 128) if has_cuda() else (512, 256, 128)
+SMALLEST_TILE = 64  # pixels: here the halos are three quarters of the arithmetic already
+CACHE_BYTES = 256 << 20  # of freed memory that MLX may keep for reuse: two layers of such a tile at full resolution
 CGROUP = Path("/sys/fs/cgroup")
 WORTH_A_LINE = 1 << 30  # bytes of weights: how small models are held needs no word
 
@@ -154,6 +158,20 @@ def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Bu
             + (smaller or f"; give it at least {gigabytes(min(needed.values()))}")
         )
     return edge
+
+
+def check_tile(tile: int | None, unit: int) -> None:
+    """Raises UserError for tiles that the VAE, which makes a latent of unit x unit pixels, cannot work on."""
+    if tile is not None and (tile < SMALLEST_TILE or tile % unit):
+        raise UserError(f"--tile {tile}: must be a multiple of {unit}, at least {SMALLEST_TILE}")
+
+
+def limit_cache() -> None:
+    """For the VAE, whose layers' memory is of little use to one another."""
+    if not has_cuda():
+        import mlx.core as mx
+
+        mx.set_cache_limit(CACHE_BYTES)
 
 
 def largest_tile(needed: dict[int, int], within: Budget) -> int:

@@ -54,15 +54,15 @@ class Tables:
                     self.held[sigmas] = table
             missing = missing[at_once:]
 
-    def of(self, sigmas: Sigmas) -> "Table":
-        """One for each step."""
+    def of(self, sigmas: Sigmas, first: int = 0) -> "Table":
+        """One for each step from `first` on."""
         item = self._item(sigmas)
         content = self.held.get(sigmas)
         if content is None:
             content = cache.take(cache.MODULATIONS, item.key, partial(_check, item=item), self.notice)
         if content is None:  # damaged or trimmed meanwhile
             ((_, content),) = self._make([sigmas])
-        return Table(content, item)
+        return Table(content, item, first)
 
     def _how_many(self, schedules: list[Sigmas], within: memory.Budget) -> int:
         from stages.models.transformer import Modulator, TransformerConfig
@@ -119,14 +119,15 @@ class Tables:
 class Table(Sequence["Modulation"]):
     """The modulation of each step of a schedule; in MLX's memory is only that which is used."""
 
-    def __init__(self, content: bytes, item: ModulationTable) -> None:
-        """`content` is a safetensors file."""
+    def __init__(self, content: bytes, item: ModulationTable, first: int) -> None:
+        """`content` is a safetensors file; the steps before `first` are left out."""
         from safetensors import deserialize
 
-        self.item, self.parts = item, {name: memoryview(part["data"]) for name, part in deserialize(content)}
+        self.item, self.first = item, first
+        self.parts = {name: memoryview(part["data"]) for name, part in deserialize(content)}
 
     def __len__(self) -> int:
-        return self.item.steps
+        return self.item.steps - self.first
 
     def __getitem__(self, step: int) -> "Modulation":  # type: ignore[override]
         import mlx.core as mx
@@ -138,8 +139,9 @@ class Table(Sequence["Modulation"]):
             raise IndexError(step)
 
         def own(name: str) -> mx.array:
-            size = len(self.parts[name]) // len(self)
-            return mx.array(self.parts[name][step * size : (step + 1) * size]).view(mlx_dtype(self.item.dtype))
+            size = len(self.parts[name]) // self.item.steps
+            begin = (self.first + step) * size
+            return mx.array(self.parts[name][begin : begin + size]).view(mlx_dtype(self.item.dtype))
 
         layers = (self.item.layers, -1)
         return Modulation(own("img").reshape(layers), own("txt").reshape(layers), own("out"))

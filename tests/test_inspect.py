@@ -29,7 +29,7 @@ def test_a_whole_run_in_words(qwen_stage, run, small_model):
 def test_json_and_one_artifact_alone(qwen_stage, run):
     result = qwen_stage("inspect", run / "latents", "--json")
     (line,) = result.out
-    assert json.loads(line)["schema"] == "qwen-stage/latents/3"
+    assert json.loads(line)["schema"] == "qwen-stage/latents/4"
     assert len(qwen_stage("inspect", run, "--json").out) == 3
 
 
