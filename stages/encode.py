@@ -105,7 +105,8 @@ def encode(
                     held |= _embed(wanted, texts, checkpoint, dtype, directory, stream, budget, report, notice)
         listed_images = {each.file.sha256: each for each in before.images} if before else {}
         for image in images.values():
-            if image.picture:
+            before_it = listed_images.get(image.sha256)
+            if image.picture and not (before_it and store.is_whole(directory, (before_it.file,))):
                 name = f"{image.sha256}.{image.picture.format}"
                 (file,) = store.publish(directory, name, image.picture.data)
                 listed_images[image.sha256] = SourceImage(

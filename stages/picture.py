@@ -32,6 +32,8 @@ class Picture(NamedTuple):
 
 def read(path: Path) -> Picture:
     """Raises UserError for what is no picture, or not whole."""
+    if path.is_dir():
+        raise UserError(f"image {path} is a directory")
     try:
         data = disk.read(path, MAX_BYTES)
     except OSError as error:

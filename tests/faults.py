@@ -27,15 +27,17 @@ from typing import NamedTuple
 import numpy  # noqa: F401
 import random_models
 import zarr  # noqa: F401
-from PIL import Image  # noqa: F401
+from PIL import Image
 
 import orchestrator.watch
 import stages.decode
 import stages.denoise
 import stages.encode
+import stages.encode_image
 import stages.models.text_encoder
 import stages.models.transformer
-import stages.models.vae  # noqa: F401
+import stages.models.vae
+import stages.models.vae_encoder  # noqa: F401
 from artifacts_schema import cache, disk, store
 from artifacts_schema.errors import UserError
 from artifacts_schema.jobs import JOBS
@@ -275,6 +277,8 @@ def scenarios(model: Path) -> dict[str, Scenario]:
     encode = ["encode", "p.txt", "--out=run", f"--model={model}"]
     denoise = ["denoise", "--embeddings=run", "--size=32x32", "--steps=2"]
     decode = ["decode", "run"]
+    encode_with_image = ["encode", "i.jsonl", "--out=run", f"--model={model}"]
+    encode_image = ["encode-image", "run"]
     elsewhere = [encode, denoise, decode]
     return {
         "encode": Scenario(encode),
@@ -285,6 +289,13 @@ def scenarios(model: Path) -> dict[str, Scenario]:
             denoise, [encode, [*denoise, "--keep-trajectory"]], lambda directory: interrupt(directory)
         ),
         "denoise, cached": Scenario(denoise, elsewhere, lambda directory: shutil.rmtree(directory / "run/latents")),
+        "encode-image": Scenario(encode_image, [encode_with_image]),
+        "encode-image, cached": Scenario(
+            encode_image,
+            [encode_with_image, encode_image],
+            lambda directory: shutil.rmtree(directory / "run/image_latents"),
+        ),
+        "encode, with an image": Scenario(encode_with_image),
         "decode": Scenario(decode, [encode, denoise]),
         "decode, cached": Scenario(decode, elsewhere, lambda directory: shutil.rmtree(directory / "run/images")),
         "watch": Scenario(
@@ -335,6 +346,8 @@ def survey(scenario: Scenario, faults: Callable[[int], tuple[str, ...]], work: P
     start = work / "start"
     start.mkdir()
     (start / "p.txt").write_text("a\nb\n")
+    (start / "i.jsonl").write_text('{"prompt": "a", "image": "i.png", "size": "32x48"}\n')
+    Image.new("RGB", (8, 12), "teal").save(start / "i.png")
     for command in scenario.before:
         must(run(start, command))
     scenario.damage(start)

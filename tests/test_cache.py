@@ -320,7 +320,8 @@ def test_bad_sizes(text):
 
 
 @pytest.mark.parametrize(
-    "version", ["embeddings-1", "embeddings-2", "embeddings-3", "latents-1", "latents-2", "images-1"]
+    "version",
+    [*(f"embeddings-{n}" for n in range(1, 5)), "latents-1", "latents-2", "latents-3", "images-1"],
 )
 def test_manifests_of_older_versions_are_upgraded(tmp_path, version):
     """The golden files were written by the code of those versions."""

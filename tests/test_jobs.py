@@ -58,7 +58,10 @@ def read(jobs: Jobs) -> list:
     return [without_checksum(job), without_checksum(jobs.read_trouble(ID, "denoise")), ended]
 
 
-@pytest.mark.parametrize("names", [("job-1", "trouble-1", "ended-1"), ("job-2", "trouble-1", "ended-2")])
+@pytest.mark.parametrize(
+    "names",
+    [("job-1", "trouble-1", "ended-1"), ("job-2", "trouble-1", "ended-2"), ("job-3", "trouble-1", "ended-3")],
+)
 def test_golden_records_of_every_version_can_be_read(jobs, names):
     place(jobs, {name: (GOLDEN / f"{name}.json").read_bytes() for name in names})
     assert read(jobs) == [JOB, TROUBLE, ENDED]
