@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    QwenImageImg2ImgPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_img2img as img2img
 from diffusers.utils import logging as diffusers_logging
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -54,3 +60,22 @@ def generate(pipeline: QwenImagePipeline, noise: np.ndarray, **arguments: Any) -
         decoded = pipeline.vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
         pictures = pipeline.image_processor.postprocess(decoded, output_type="np")
     return latents[:, :, 0].numpy(), pictures
+
+
+def from_image(pipeline: QwenImagePipeline, image: Any, noise: np.ndarray, **arguments: Any) -> np.ndarray:
+    """From a picture and `noise` [1, 16, h, w] to a picture [H, W, 3] in [0, 1].
+
+    The pipeline draws from what the encoder thinks possible, and draws its noise: here it is the mean, and ours.
+    """
+    before = img2img.retrieve_latents, img2img.randn_tensor
+    img2img.retrieve_latents = lambda encoded, generator: encoded.latent_dist.mode()
+    img2img.randn_tensor = lambda shape, **options: torch.from_numpy(noise)[:, None].to(options["dtype"])
+    factor = pipeline.vae_scale_factor
+    size = {"height": noise.shape[2] * factor, "width": noise.shape[3] * factor}
+    made = QwenImageImg2ImgPipeline(**pipeline.components)
+    made.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad():
+            return made(image=image, output_type="np", max_sequence_length=1024, **size, **arguments).images[0]
+    finally:
+        img2img.retrieve_latents, img2img.randn_tensor = before

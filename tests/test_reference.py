@@ -125,6 +125,50 @@ def test_demo_model_matches_the_pipeline(qwen_stage, tmp_path):
         assert_same_picture(ours, np.round(theirs * 255).astype(np.uint8))
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_images_to_begin_with_match_the_pipeline(qwen_stage, tmp_path, index):
+    """The last with the demo model, whose encoder was trained."""
+    seed = SEED + index
+    print(f"repeat with QWEN_STAGE_TEST_SEED={seed} and index 0")
+    draw, checkpoint = random.Random(seed), random_models.TINY
+    if index < 3:
+        configs = drawn_configs(draw)
+        checkpoint = random_models.write_checkpoint(tmp_path / "model", configs, reference.shapes(configs), seed)
+    pipeline = reference.load(checkpoint)
+    grid = (2 * draw.randint(2, 7), 2 * draw.randint(2, 7))
+    height, width = (side * pipeline.vae_scale_factor for side in grid)
+    scale = draw.choice([1, 2, 3])  # in the same shape: what we would crop, the reference would squeeze
+    colours = np.random.RandomState(seed).randint(0, 256, (scale * height, scale * width, 3), np.uint8)
+    image = Image.fromarray(colours)
+    image.save(tmp_path / "image.png")
+    noise = random_models.noise(1, *grid, seed)
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    prompt, steps, cfg, strength = (
+        draw.choice(PROMPTS),
+        draw.randint(2, 6),
+        draw.choice([1.0, 4.0]),
+        draw.uniform(0.1, 1),
+    )
+    out = qwen_stage(
+        "run", prompt, "--image=image.png", f"--strength={strength}", "--noise=noise.safetensors",
+        "--negative-prompt=b", f"--model={checkpoint}", "--dtype=float32", "--out=ours",
+        f"--size={width}x{height}", f"--steps={steps}", f"--cfg={cfg}",
+    ).out  # fmt: skip
+    path = out[-1]
+    expected = reference.from_image(
+        pipeline,
+        image,
+        noise,
+        prompt=prompt,
+        negative_prompt="b",
+        strength=strength,
+        num_inference_steps=steps,
+        true_cfg_scale=cfg,
+    )
+    made = np.asarray(Image.open(tmp_path / path))
+    assert_same_picture(made, np.round(expected * 255).astype(np.uint8))
+
+
 def test_cached_steps_match_the_pipelines_first_block_cache(qwen_stage, tmp_path):
     """Without guidance, where both decide alike; which steps are reused is the same, or the pictures would differ."""
     print(f"repeat with QWEN_STAGE_TEST_SEED={SEED}")
