@@ -14,6 +14,7 @@ from stages.joined import parted
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
+from stages.models.vae_encoder import AutoencoderKLQwenImageEncoder
 
 Weights = dict[str, mx.array]
 FLOAT8_MOST = 448  # the largest float8 e4m3
@@ -44,7 +45,8 @@ def _shapes(configs: dict) -> dict[str, dict[str, list[int]]]:
         return kind(**known)
 
     transformer, vae = config(TransformerConfig, "transformer"), {}
-    for name, shape in of(AutoencoderKLQwenImage(config(VAEConfig, "vae"))).items():
+    halves = [half(config(VAEConfig, "vae")) for half in (AutoencoderKLQwenImageEncoder, AutoencoderKLQwenImage)]
+    for name, shape in (of(halves[0]) | of(halves[1])).items():
         if len(shape) == 4:
             time = [] if ".resample." in name else [3]
             shape = [shape[0], shape[3], *time, *shape[1:3]]
@@ -57,7 +59,7 @@ def _shapes(configs: dict) -> dict[str, dict[str, list[int]]]:
     return {
         "transformer": of(QwenImageTransformer2DModel(transformer)) | of(Modulator(transformer)),
         "text_encoder": text | {"visual.patch_embed.proj.weight": [8, 3, 2, 2, 2], "lm_head.weight": [2048, 256]},
-        "vae": vae | {"encoder.conv_in.weight": [8, 3, 3, 3, 3], "quant_conv.bias": [32]},
+        "vae": vae,
     }
 
 
@@ -96,6 +98,11 @@ def mflux_text_encoder(weights: Weights) -> Weights:
 
 
 def mflux_vae(weights: Weights) -> Weights:
+    def down_block(found: re.Match) -> str:
+        """Two residual blocks, and but for the last what halves the size."""
+        block, layer = divmod(int(found[1]), 3)
+        return f"encoder.down_blocks.{block}." + ("downsamplers.0." if layer == 2 else f"resnets.{layer}.")
+
     made = {}
     for name, weight in weights.items():
         if weight.ndim > 3 and name.endswith(".weight"):
@@ -105,7 +112,7 @@ def mflux_vae(weights: Weights) -> Weights:
         kernel = name.rpartition(".")[2] in ("weight", "bias")
         if kernel and not re.search(r"attentions|resample", name):
             name = re.sub(r"\.(weight|bias)$", r".conv3d.\1", name)
-        made[name] = weight
+        made[re.sub(r"^encoder\.down_blocks\.(\d+)\.", down_block, name)] = weight
     return renamed(
         made,
         (r"\.gamma$", ".weight"),
@@ -204,17 +211,18 @@ def wan_vae(weights: Weights) -> Weights:
         weights,
         (r"^post_quant_conv\.", "conv2."),
         (r"^quant_conv\.", "conv1."),
-        (r"^decoder\.conv_in\.", "decoder.conv1."),
-        (r"^decoder\.norm_out\.", "decoder.head.0."),
-        (r"^decoder\.conv_out\.", "decoder.head.2."),
-        (r"^(decoder\.(?:mid_block|up_blocks)\..*)\.norm1\.", r"\1.residual.0."),
-        (r"^(decoder\.(?:mid_block|up_blocks)\..*)\.conv1\.", r"\1.residual.2."),
-        (r"^(decoder\.(?:mid_block|up_blocks)\..*)\.norm2\.", r"\1.residual.3."),
-        (r"^(decoder\.(?:mid_block|up_blocks)\..*)\.conv2\.", r"\1.residual.6."),
+        (r"^(..coder)\.conv_in\.", r"\1.conv1."),
+        (r"^(..coder)\.norm_out\.", r"\1.head.0."),
+        (r"^(..coder)\.conv_out\.", r"\1.head.2."),
+        (r"^(..coder\.(?:mid_block|(?:up|down)_blocks)\..*)\.norm1\.", r"\1.residual.0."),
+        (r"^(..coder\.(?:mid_block|(?:up|down)_blocks)\..*)\.conv1\.", r"\1.residual.2."),
+        (r"^(..coder\.(?:mid_block|(?:up|down)_blocks)\..*)\.norm2\.", r"\1.residual.3."),
+        (r"^(..coder\.(?:mid_block|(?:up|down)_blocks)\..*)\.conv2\.", r"\1.residual.6."),
         (r"\.conv_shortcut\.", ".shortcut."),
-        (r"^decoder\.mid_block\.resnets\.0\.", "decoder.middle.0."),
-        (r"^decoder\.mid_block\.attentions\.0\.", "decoder.middle.1."),
-        (r"^decoder\.mid_block\.resnets\.1\.", "decoder.middle.2."),
+        (r"^(..coder)\.mid_block\.resnets\.0\.", r"\1.middle.0."),
+        (r"^(..coder)\.mid_block\.attentions\.0\.", r"\1.middle.1."),
+        (r"^(..coder)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
+        (r"^encoder\.down_blocks\.", "encoder.downsamples."),
     )
     # four blocks of three residual ones, and but for the last what doubles the size
     return {

@@ -1,5 +1,6 @@
 """Checkpoints of other programs give the pictures of the same weights in diffusers' layout, and no stranger passes."""
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -12,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from PIL import Image
 
 from artifacts_schema import store
-from artifacts_schema.manifests import EmbeddingsManifest, LatentsManifest
+from artifacts_schema.manifests import EmbeddingsManifest, ImageLatentsManifest, LatentsManifest
 from orchestrator.inspect import read_recipe
 
 SEED = int(os.environ.get("QWEN_STAGE_TEST_SEED") or secrets.randbelow(2**31))
@@ -29,15 +30,19 @@ def original(tmp_path_factory):
 
 
 class Made:
-    """What the three stages make with a model, in float32."""
+    """What the stages make with a model of an image, in float32."""
 
     def __init__(self, qwen_stage, directory, model, *options):
         """`options` are for the transformer."""
-        prompts = directory.with_suffix(".txt")
-        prompts.write_text("a red circle")
+        prompts = directory.with_suffix(".jsonl")
+        asked = {"prompt": "a red circle", "image": "image.png", "strength": 0.5, "size": "64x48", "steps": 4}
+        prompts.write_text(json.dumps(asked))
+        colours = np.random.RandomState(SEED).randint(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(colours).save(directory.with_name("image.png"))
         for command in (
             ["encode", prompts, f"--out={directory}", "--dtype=float32", *model],
-            ["denoise", f"--embeddings={directory}", "--dtype=float32", "--steps=2", "--size=64x48", *options],
+            ["encode-image", directory],
+            ["denoise", f"--embeddings={directory}", "--dtype=float32", *options],
             ["decode", directory, "--dtype=float32"],
         ):
             result = qwen_stage(*command)
@@ -47,11 +52,16 @@ class Made:
         latents, _ = store.read_manifest(directory / "latents", LatentsManifest)
         self.embeds = np.array(mx.load(str(path))["prompt_embeds"])
         self.latents = store.read_latents(directory / "latents", latents.items[0])
+        images, _ = store.read_manifest(directory / "image_latents", ImageLatentsManifest)
+        self.image = store.read_latents(directory / "image_latents", images.items[0])
         self.pixels = np.array(Image.open(result.out[0])).astype(int)
+
+    def arrays(self):
+        return self.embeds, self.image, self.latents
 
     def assert_close_to(self, other, tolerance):
         """Relative to the largest; 0 for all bits."""
-        for mine, yours in ((self.embeds, other.embeds), (self.latents, other.latents)):
+        for mine, yours in zip(self.arrays(), other.arrays(), strict=True):
             assert np.abs(mine - yours).max() <= tolerance * np.abs(yours).max()
         assert np.abs(self.pixels - other.pixels).max() <= (2 if tolerance else 0)
 

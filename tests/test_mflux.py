@@ -20,6 +20,7 @@ from stages.checkpoint import Checkpoint
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulation, Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
+from stages.models.vae_encoder import AutoencoderKLQwenImageEncoder
 from stages.weights import load_weights
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("mflux"), reason="mflux is not installed")
@@ -103,8 +104,15 @@ def test_vae(tmp_path):
     from mflux.models.qwen.model.qwen_vae.qwen_vae import QwenVAE
 
     theirs = randomized(QwenVAE())
-    ours = loaded(saved(theirs, tmp_path, "vae", None), "vae", AutoencoderKLQwenImage, VAEConfig)
+    checkpoint = saved(theirs, tmp_path, "vae", None)
+    ours = loaded(checkpoint, "vae", AutoencoderKLQwenImage, VAEConfig)
     latents = mx.array(np.random.RandomState(SEED).standard_normal((1, 16, 4, 6)), mx.float32)
     expected = theirs.decode(latents)
     expected = mx.clip(expected.squeeze(2) if expected.ndim == 5 else expected, -1, 1).transpose(0, 2, 3, 1)
     assert mx.abs(ours.decode(latents) - expected).max() < 1e-3, SEED
+    del ours
+    encoder = loaded(checkpoint, "vae", AutoencoderKLQwenImageEncoder, VAEConfig)
+    rgb = mx.array(np.random.RandomState(SEED).uniform(-1, 1, (1, 3, 32, 48)), mx.float32)
+    expected = theirs.encode(rgb)
+    expected = expected.squeeze(2) if expected.ndim == 5 else expected
+    assert mx.abs(encoder.encode(rgb.transpose(0, 2, 3, 1)) - expected).max() < 1e-3, SEED
