@@ -22,6 +22,7 @@ from stages.layouts import SCHEDULER
 from stages.models.text_encoder import TextEncoder, TextEncoderConfig
 from stages.models.transformer import Modulator, QwenImageTransformer2DModel, TransformerConfig
 from stages.models.vae import AutoencoderKLQwenImage, VAEConfig
+from stages.models.vae_encoder import AutoencoderKLQwenImageEncoder
 
 TEXT_ENCODER = {
     "hidden_size": 3584,
@@ -91,7 +92,7 @@ def _vae_shapes() -> Shapes:
     """As the checkpoint has them: kernels in three dimensions, channels first."""
     config = VAEConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in VAE.items()})
     shapes = {}
-    for name, shape in _shapes(AutoencoderKLQwenImage(config)):
+    for name, shape in (*_shapes(AutoencoderKLQwenImageEncoder(config)), *_shapes(AutoencoderKLQwenImage(config))):
         if len(shape) == 4 and ".resample." not in name:  # [out, h, w, in] -> [out, in, time, h, w]
             shape = (shape[0], shape[3], 3, *shape[1:3])
         elif len(shape) == 4:

@@ -7,6 +7,7 @@ by the missing layers' weights, which are all of one size; nothing else is.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -20,9 +21,18 @@ from typing import NamedTuple
 
 import full_size
 import numpy as np
+from PIL import Image
 
 from artifacts_schema import arrays, keys, store
-from artifacts_schema.manifests import Cost, EmbeddingsManifest, LatentsItem, LatentsManifest
+from artifacts_schema.manifests import (
+    Cost,
+    EmbeddingsManifest,
+    LatentsItem,
+    LatentsManifest,
+    PromptItem,
+    Settings,
+    SourceImage,
+)
 from artifacts_schema.prompts import Wanted, to_jsonl
 from stages.checkpoint import open_checkpoint, weight_files
 from stages.models.transformer import QwenImageTransformer2DModel
@@ -129,6 +139,15 @@ class Bench:
         remarks = f"{item['dtype']}; {cost['seconds']:.2f} s of it the picture"
         return Row(f"decode, {size}²", "2", cost["mlx_peak"], cost["process_peak"], f"{wall:.1f}", remarks)
 
+    def encode_image(self, size: int) -> Row:
+        run = self.scratch / f"run-image-{size}"
+        make_prompt_with_image(run / "embeddings", self.model, size)
+        wall = self.stage("encode-image", run, f"--model={self.model}")
+        (item,) = json.loads((run / "image_latents/manifest.json").read_bytes())["items"]
+        cost = item["cost"]
+        remarks = f"{item['dtype']}; {cost['seconds']:.2f} s of it the picture"
+        return Row(f"encode-image, {size}²", "", cost["mlx_peak"], cost["process_peak"], f"{wall:.1f}", remarks)
+
     def convert(self) -> Row:
         drop_page_cache()
         target = self.scratch / "q4"
@@ -215,6 +234,31 @@ def make_latents(directory: Path, model: Path, size: int) -> None:
     store.write_manifest(directory, LatentsManifest(versions={}, model=made_with, items=(item,)))
 
 
+def make_prompt_with_image(directory: Path, model: Path, size: int) -> None:
+    """An embeddings artifact without embeddings, whose only prompt begins with a picture of noise."""
+    directory.mkdir(parents=True)
+    image = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)).save(image, "PNG")
+    (file,) = store.publish(directory, f"{keys.sha256(image.getvalue())}.png", image.getvalue())
+    key = keys.key({"benchmark": "prompt"})
+    item = PromptItem(
+        prompt="noise",
+        negative_prompt=" ",
+        prompt_key=key,
+        negative_key=key,
+        settings=Settings(image=file.sha256, width=size, height=size),
+    )
+    manifest = EmbeddingsManifest(
+        versions={},
+        model=open_checkpoint(str(model)).model("tokenizer"),
+        items=(item,),
+        embeddings=(),
+        images=(SourceImage(name="noise.png", width=size, height=size, file=file),),
+        cost=Cost(seconds=0, process_peak=0, mlx_peak=0),
+    )
+    store.write_manifest(directory, manifest)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
@@ -229,8 +273,15 @@ def main() -> None:
     add("--size", default="1024x1024")
     add("--steps", type=int, default=20)
     add("--streamed-steps", type=int, default=20)
-    add("--decode", type=int, nargs="*", default=[1024, 4096], metavar="PIXELS", help="edges of pictures to decode")
-    add("--only", nargs="+", default=["encode", "denoise", "decode", "convert"])
+    add(
+        "--decode",
+        type=int,
+        nargs="*",
+        default=[1024, 4096],
+        metavar="PIXELS",
+        help="edges of pictures to decode, or to encode",
+    )
+    add("--only", nargs="+", default=["encode", "encode-image", "denoise", "decode", "convert"])
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
@@ -245,6 +296,9 @@ def main() -> None:
         show(bench.denoise("in memory", "27.5", "--no-stream"))
         show(bench.denoise("streamed", "6", "--stream", streamed=True))
         show(bench.denoise("4 bits in memory", "8", "--no-stream", "--quantize=4", bits=4))
+    if "encode-image" in args.only:
+        for size in args.decode:
+            show(bench.encode_image(size))
     if "decode" in args.only:
         for size in args.decode:
             show(bench.decode(size))
