@@ -88,6 +88,7 @@ def whole(layers: Sequence[Local], x: mx.array, edge: int) -> mx.array:
         row, right = [], 0
         for xs in along(layers, width, edge):
             row.append(part(layers, x, ys, xs)[:, down - ys[-1].start :, right - xs[-1].start :])
+            mx.async_eval(row[-1])  # or MLX might begin with all of them
             right = xs[-1].stop
         rows.append(mx.concatenate(row, axis=2))
         down = ys[-1].stop
