@@ -78,7 +78,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             shift=settings.shift,
             sigmas=None if settings.sigmas is None else list(settings.sigmas),
             image=f"{HELD}{settings.image}" if settings.image else None,
-            strength=settings.strength,
+            strength=settings.strength if settings.image else None,
         )
 
 
@@ -320,8 +320,10 @@ def _prompt(entry: Entry, where: str) -> Prompt:
             sigmas=None if entry.sigmas is None else tuple(entry.sigmas),
             strength=entry.strength,
         )
-        if entry.image is not None and not entry.image:
+        if entry.image is not None and not entry.image.strip():
             raise UserError("image names no file; leave it out to begin with noise")
+        if entry.strength is not None and entry.image is None:
+            raise UserError("strength says how much an image is to change; say which with image")
         return Prompt(
             prompt=entry.prompt,
             negative_prompt=entry.negative_prompt,

@@ -184,7 +184,7 @@ def _check_listing(path: Path, manifest: Any) -> None:
     strange += [file.path for file in files if file.size > MAX_FILE_BYTES]
     if isinstance(manifest, EmbeddingsManifest):
         strange += [each.file.path for each in manifest.embeddings if each.file.path != f"{each.key}.safetensors"]
-        strange += [file.path for file in (each.file for each in manifest.images) if not _is_source_image(file)]
+        strange += [each.file.path for each in manifest.images if not _is_source_image(each.file)]
     elif isinstance(manifest, LatentsManifest | ImageLatentsManifest):
         strange += [name for item in manifest.items for name in _strange_latents(item)]
     else:

@@ -225,10 +225,10 @@ def _run(args: argparse.Namespace) -> int:
     """encode, denoise, decode, each as a process. Settings travel with the prompts, as in a prompt file."""
     from msgspec.structs import replace
 
-    from artifacts_schema import disk, keys
+    from artifacts_schema import keys
     from artifacts_schema.prompts import Entry, to_jsonl
     from orchestrator.run import stage
-    from stages.picture import MAX_BYTES
+    from stages.picture import read
 
     args.decode_dtype = args.dtype if args.dtype == "float32" else None  # there is better than bfloat16 for pictures
     if args.like is not None:
@@ -238,6 +238,8 @@ def _run(args: argparse.Namespace) -> int:
     settings = _settings(args, args.seed)
     if args.image is None and args.strength is not None:
         raise UserError("--strength says how much an image is to change; give that with --image")
+    if args.image is not None:
+        settings = replace(settings, image=keys.sha256(read(args.image).data))
     if args.noise is not None and not args.noise.is_file():
         raise UserError(f"--noise {args.noise}: no such file")
     size = None if settings.width is None else f"{settings.width}x{settings.height}"
@@ -268,7 +270,6 @@ def _run(args: argparse.Namespace) -> int:
         return code
     run = lines[-1]
     if args.image is not None:
-        settings = replace(settings, image=keys.sha256(disk.read(args.image, MAX_BYTES)))
         code, _ = stage("encode-image", *common, "--", run)
         if code:
             return code
@@ -305,8 +306,8 @@ def _fill_in_from(picture: Path, args: argparse.Namespace) -> None:
         _notice(f"{picture} was made with another {' and '.join(others)}: this picture will be another")
     if recipe.seed is None and not args.seed and args.noise is None:
         raise UserError(f"{picture} was made from a file of noise; give that with --noise, or a --seed")
-    if recipe.image and args.image is None:
-        args.image = _source_image(picture, recipe.image)
+    if recipe.image:
+        args.image = args.image or _source_image(picture, recipe.image)
         args.strength = recipe.strength if args.strength is None else args.strength
     args.prompts = args.prompts or [recipe.prompt]
     args.model = following(args.model, recipe.model)
@@ -336,6 +337,7 @@ def _source_image(picture: Path, sha256: str) -> Path:
     manifest = store.read_manifest_if_any(directory, EmbeddingsManifest)
     for image in manifest.images if manifest else ():
         if image.file.sha256 == sha256:
+            store.verify(directory, (image.file,))
             return directory / image.file.path
     raise UserError(f"{picture} began with an image that is not here; give that with --image")
 

@@ -20,17 +20,20 @@ from artifacts_schema.manifests import (
     LatentsItem,
     LatentsManifest,
     Recipe,
+    SourceImage,
     exact,
 )
 
 NOT_HERE = "its run is not here"
+
+Origin = ImageItem | LatentsItem | ImageLatentsItem | SourceImage | Embedding
 
 
 class Picture(NamedTuple):
     """A PNG's recipe, and where it came from, as far as that is still there: itself first, its embeddings last."""
 
     recipe: Recipe
-    lineage: list[tuple[Path, ImageItem | LatentsItem | Embedding]]
+    lineage: list[tuple[Path, Origin]]
     broken: str | None  # why the lineage ends before
 
 
@@ -73,11 +76,11 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _lineage(path: Path) -> tuple[list[tuple[Path, ImageItem | LatentsItem | Embedding]], str | None]:
+def _lineage(path: Path) -> tuple[list[tuple[Path, Origin]], str | None]:
     """From a picture in its run back to its prompt, through the manifests beside it; and why not further."""
     directory = path.resolve().parent
     run = directory.parent
-    found: list[tuple[Path, ImageItem | LatentsItem | Embedding]] = []
+    found: list[tuple[Path, Origin]] = []
     try:
         images, _ = store.read_manifest(store.find(directory, ImagesManifest), ImagesManifest)
         image = next(item for item in images.items if item.file.path == path.resolve().name)
@@ -86,6 +89,13 @@ def _lineage(path: Path) -> tuple[list[tuple[Path, ImageItem | LatentsItem | Emb
         item = next(item for item in latents.items if item.key == image.latents_key)
         found.append((run / LatentsManifest.kind / item.directory, item))
         embeddings, _ = store.read_manifest(run / EmbeddingsManifest.kind, EmbeddingsManifest)
+        if item.image:
+            begin, _ = store.read_manifest(run / ImageLatentsManifest.kind, ImageLatentsManifest)
+            own = (item.image, item.width, item.height)
+            encoded = next(each for each in begin.items if (each.image, each.width, each.height) == own)
+            found.append((run / ImageLatentsManifest.kind / encoded.directory, encoded))
+            source = next(each for each in embeddings.images if each.file.sha256 == item.image)
+            found.append((run / EmbeddingsManifest.kind / source.file.path, source))
         for embedding in embeddings.embeddings:
             if embedding.key in (item.prompt_key, item.negative_key):
                 found.append((run / EmbeddingsManifest.kind / embedding.file.path, embedding))
@@ -115,7 +125,7 @@ def in_words(directory: Path, manifest: Any) -> Iterator[str]:
             yield f"  {item.file.path}: {item.prompt!r}, from latents {item.latents_key}, {cost(item)}"
         else:
             names = {image.file.sha256: image.name for image in manifest.images}
-            begins = f", from {names.get(item.settings.image, 'an image')}" if item.settings.image else ""
+            begins = f", from {names.get(item.settings.image, item.settings.image)!r}" if item.settings.image else ""
             yield f"  {item.prompt!r}, not {item.negative_prompt!r}{begins}"
 
 
@@ -140,6 +150,10 @@ def picture_in_words(path: Path, picture: Picture) -> Iterator[str]:
             yield f"  from {place}: {item.tokens} tokens of {item.dim} {item.dtype}"
         elif isinstance(item, LatentsItem):
             yield f"  from {place}: denoised, {cost(item)}"
+        elif isinstance(item, ImageLatentsItem):
+            yield f"  from {place}: encoded, {cost(item)}"
+        elif isinstance(item, SourceImage):
+            yield f"  from {place}: {item.name!r}, {item.width}x{item.height}"
         else:
             yield f"  decoded, {cost(item)}"
 
@@ -170,7 +184,10 @@ def damaged_lineage(path: Path, picture: Picture) -> list[str]:
     """The same of all that a picture was made from, and of itself."""
     wrong = [f"{path} cannot be verified: {picture.broken}"] if picture.broken else []
     for place, item in picture.lineage:
-        files = (*item.files, *item.trajectory) if isinstance(item, LatentsItem) else (item.file,)
+        if isinstance(item, LatentsItem):
+            files: tuple[File, ...] = (*item.files, *item.trajectory)
+        else:
+            files = item.files if isinstance(item, ImageLatentsItem) else (item.file,)
         wrong += _wrong(place.parent, files)
     return wrong
 

@@ -122,7 +122,7 @@ def _text(name: str) -> str:
 
 def _made(recipe: Recipe, source: str) -> Entry:
     if recipe.image:
-        raise UserError(f"{source} began with an image; make it again with `qwen-stage run --like {source}`")
+        raise UserError(f"{source} began with an image, which drops cannot yet; use `qwen-stage run --like` in its run")
     if recipe.seed is None:
         raise UserError(f"{source} was made from a file of noise; make it again with `qwen-stage run --like --noise`")
     return Entry(
@@ -139,9 +139,9 @@ def _made(recipe: Recipe, source: str) -> Entry:
 
 
 def _whole(prompt: Prompt, defaults: Settings) -> Prompt:
-    """With nothing left open, as `encode` will list it."""
+    """With nothing left open but images, of which drops have none; as `encode` will list it."""
     negative = DEFAULT_NEGATIVE_PROMPT if prompt.negative_prompt is None else prompt.negative_prompt
-    settings = replace(resolve(prompt.settings, defaults), image=None, strength=None)  # they begin with noise
+    settings = replace(resolve(prompt.settings, defaults), image=None, strength=None)
     return replace(prompt, negative_prompt=negative, settings=settings, priority=0)
 
 

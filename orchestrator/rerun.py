@@ -15,6 +15,7 @@ from artifacts_schema import disk, store
 from artifacts_schema.errors import Damaged, UserError
 from artifacts_schema.manifests import (
     EmbeddingsManifest,
+    ImageLatentsManifest,
     ImagesManifest,
     LatentsItem,
     LatentsManifest,
@@ -77,7 +78,7 @@ class Rerun:
             items = self._numbered(numbers) if numbers else self._items()
             if start == "encode":
                 self._encode({item.prompt_key for item in items} if numbers else None)
-                self._encode_images([as_wanted(item) for item in items])
+                self._repair_images([as_wanted(item) for item in items], everything=not numbers)
             if start == "decode":
                 keys = [item.key for item in items]
             elif items:
@@ -100,11 +101,11 @@ class Rerun:
                 if store.restore_manifest(directory, kind):
                     self.notice(f"repaired the manifest of {directory}")
             except Damaged:
-                if kind is not ImagesManifest:  # pictures can be made from the latents' manifest alone
+                if kind not in (ImagesManifest, ImageLatentsManifest):  # they can be made from the others' alone
                     raise
                 for name in (store.MANIFEST, store.BACKUP):
                     disk.remove(directory / name)
-                self.notice(f"the manifest of {directory} cannot be read; its pictures are made again")
+                self.notice(f"the manifest of {directory} cannot be read; what it listed is made again")
         return True
 
     def _read(self, kind: type[M]) -> M | None:
@@ -150,6 +151,26 @@ class Rerun:
                 stdin=to_jsonl([Entry.of(item) for item in items]),
             )
 
+    def _repair_images(self, wanted: list[Wanted], everything: bool) -> None:
+        """Images and their latents that are damaged or missing; with `everything`, also what no picture begins with."""
+        embeddings, latents = self._read(EmbeddingsManifest), self._read(ImageLatentsManifest)
+        directory = self.run / EmbeddingsManifest.kind
+        lost = {
+            each.file.sha256: each.name
+            for each in (embeddings.images if embeddings else ())
+            if not store.is_whole(directory, (each.file,))
+        }
+        for name in lost.values():
+            self.notice(f"the image {name!r} is damaged or missing; give it again with `qwen-stage run --image`")
+            self.some_failed = True
+        sizes = {(each.image, each.width, each.height): each for each in wanted if each.image not in lost}
+        if everything and wanted:
+            for item in latents.items if latents else ():
+                if item.image not in lost:
+                    own = (item.image, item.width, item.height)
+                    sizes.setdefault(own, replace(wanted[0], image=item.image, width=item.width, height=item.height))
+        self._encode_images(list(sizes.values()))
+
     def _encode_images(self, wanted: list[Wanted]) -> None:
         """Those that pictures begin with, where they are missing or damaged."""
         if lines := to_jsonl([each for each in wanted if each.image]):
@@ -157,6 +178,8 @@ class Rerun:
 
     def _denoise(self, items: list[LatentsItem], changes: Changes) -> list[str]:
         """Asks for these pictures again, changed. Returns the keys of their latents."""
+        if changes.settings.strength is not None and not any(item.image for item in items):
+            raise UserError("none of these pictures begins with an image: --strength would change nothing")
         keys = []
         wanted: dict[tuple[Wanted, str], bool] = {}  # with its dtype; whether its trajectory was kept
         embeddings = self._read(EmbeddingsManifest)

@@ -14,10 +14,12 @@ CUDA = {
     # or MLX gives up for good after some hundred sizes of pictures and lengths of prompts: it counts what it prepared
     "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
 }
+# what a buffer's operations read, or they would be eight layers of a large tile; and how to convolve what shapes
+VAE = {"MLX_MAX_MB_PER_BUFFER": "256", "MLX_CUDA_CONV_CACHE_SIZE": "1024"}
 CUDA_STAGES = {
     "denoise": {"MLX_MAX_OPS_PER_BUFFER": "4"},  # or too many unpacked layers of a quantized model would wait
-    # what a buffer's operations read, or they would be eight layers of a large tile; and how to convolve what shapes
-    "decode": {"MLX_MAX_MB_PER_BUFFER": "256", "MLX_CUDA_CONV_CACHE_SIZE": "1024"},
+    "decode": VAE,
+    "encode-image": VAE,
 }
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -73,7 +74,7 @@ class Resolved(NamedTuple):
     @property
     def first_step(self) -> int:
         """Where an image comes in; the steps before, noisier ones, are left out. Rounded as diffusers does it."""
-        return int(max(self.steps - min(self.steps * self.strength, self.steps), 0)) if self.image else 0
+        return min(int(max(self.steps - self.steps * self.strength, 0)), self.steps - 1) if self.image else 0
 
     @property
     def guided(self) -> bool:
@@ -149,6 +150,8 @@ def denoise(
 
     if any(not job.settings.guided and job.item.negative_prompt.strip() for job in jobs):
         notice("negative prompts are not used where cfg is 1 or less")
+    if overrides.strength is not None and not any(job.image for job in jobs):
+        notice("no picture begins with an image: strength changes nothing")
     if hint := _lightning_hint(checkpoint.name, jobs):
         notice(hint)
 
@@ -163,6 +166,7 @@ def denoise(
         if not todo:
             return directory, []
         prompts = _load_embeddings(source, manifest, todo, config)
+        begin_with = images.read(todo)
         batches = [(_sigmas(schedule, group[0]), group) for group in _batches(todo, batch)]
         loading = Loading(checkpoint, "transformer", QwenImageTransformer2DModel, TransformerConfig, compute, bits)
         together = [_guides_together(group) if batch_guidance is None else batch_guidance for _, group in batches]
@@ -192,7 +196,7 @@ def denoise(
                     sigmas[first:],
                     tables.of(sigmas, first),
                     group,
-                    images.read(group[0]),
+                    begin_with.get(group[0].image.key) if group[0].image else None,
                     prompts,
                     mlx_dtype(compute),
                     pair,
@@ -242,11 +246,13 @@ class Images(NamedTuple):
         run = store.run_of(self.directory)
         raise UserError(
             f"the image that {prompt!r} begins with is not encoded at {size}; "
-            f"run `qwen-stage encode-image {run} --size {size}` first"
+            f"run `qwen-stage encode-image {shlex.quote(str(run))} --size {size}` first"
         )
 
-    def read(self, job: Job) -> "np.ndarray | None":
-        return store.read_latents(self.directory, job.image) if job.image else None
+    def read(self, jobs: list[Job]) -> "dict[str, np.ndarray]":
+        """Those that the jobs begin with, by their keys: verified before the work."""
+        items = {job.image.key: job.image for job in jobs if job.image}
+        return {key: store.read_latents(self.directory, item) for key, item in items.items()}
 
 
 class Latents:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -38,16 +37,6 @@ class Tokens:
     prompt_tokens: int  # before the cut, the template's prefix not counted
 
 
-class Image(NamedTuple):
-    """What a prompt begins with: a file, or what the run holds already."""
-
-    sha256: str
-    name: str
-    width: int
-    height: int
-    picture: picture.Picture | None
-
-
 def encode(
     prompts: list[Prompt],
     checkpoint: Checkpoint,
@@ -76,7 +65,9 @@ def encode(
     cache_limit = cache.limit()
     dtype = dtype or default_dtype()
     images = {given: _image(given, beside, out) for given in dict.fromkeys(p.image for p in prompts) if given}
-    prompts = [_with_image(prompt, images[prompt.image], checkpoint) if prompt.image else prompt for prompt in prompts]
+    prompts = [
+        _with_image(prompt, images[prompt.image][0], checkpoint) if prompt.image else prompt for prompt in prompts
+    ]
     default_negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
     negatives = [default_negative if p.negative_prompt is None else p.negative_prompt for p in prompts]
     texts = {text: _key(text, checkpoint, dtype) for text in [*(p.prompt for p in prompts), *negatives]}
@@ -92,6 +83,12 @@ def encode(
         before = _read_before(directory, checkpoint)
         listed = {each.key: each for each in before.embeddings} if before else {}
         held = {key: each for key, each in listed.items() if store.is_whole(directory, (each.file,))}
+        begins = {each.file.sha256: each for each in before.images} if before else {}
+        for image, data in images.values():
+            known = begins.setdefault(image.file.sha256, image)
+            if data is not None and not store.is_whole(directory, (known.file,)):
+                store.publish(directory, known.file.path, data)
+        images.clear()  # files may be large
         todo = [text for text, key in texts.items() if not _is_held(key, held, directory, notice)]
         if len(todo) < len(texts):
             notice(f"{len(texts) - len(todo)} of {len(texts)} texts are encoded already")
@@ -103,15 +100,6 @@ def encode(
                     tokens |= _tokenize([text for text in todo if text not in tokens], checkpoint)
                     wanted = {text: tokens[text] for text in todo}
                     held |= _embed(wanted, texts, checkpoint, dtype, directory, stream, budget, report, notice)
-        listed_images = {each.file.sha256: each for each in before.images} if before else {}
-        for image in images.values():
-            before_it = listed_images.get(image.sha256)
-            if image.picture and not (before_it and store.is_whole(directory, (before_it.file,))):
-                name = f"{image.sha256}.{image.picture.format}"
-                (file,) = store.publish(directory, name, image.picture.data)
-                listed_images[image.sha256] = SourceImage(
-                    name=image.name, width=image.width, height=image.height, file=file
-                )
         items = [
             PromptItem(
                 prompt=prompt.prompt,
@@ -128,7 +116,7 @@ def encode(
             model=checkpoint.model(*COMPONENTS),
             items=tuple(dict.fromkeys([*(before.items if before else ()), *items])),
             embeddings=tuple({**listed, **held}.values()),  # what is damaged stays listed, for `rerun` to repair
-            images=tuple(listed_images.values()),
+            images=tuple(begins.values()),
             cost=watch.cost(),
         )
         store.write_manifest(directory, manifest)
@@ -150,21 +138,25 @@ def _key(text: str, checkpoint: Checkpoint, dtype: str) -> str:
     )
 
 
-def _image(given: str, beside: Path | None, run: Path | None) -> Image:
+def _image(given: str, beside: Path | None, run: Path | None) -> tuple[SourceImage, bytes | None]:
+    """What a prompt begins with, and its content unless the run holds that already."""
     if not given.startswith(HELD):
         path = (beside or Path()) / given
-        read = picture.read(path)
+        data, format, width, height = picture.read(path)
+        (file,) = store.describe(f"{keys.sha256(data)}.{format}", data)
         name = path.name.encode("utf-8", "replace").decode()  # Linux knows some that are no text
-        return Image(read.sha256, name, read.width, read.height, read)
-    before = store.read_manifest_if_any(run / EmbeddingsManifest.kind, EmbeddingsManifest) if run else None
+        return SourceImage(name=name, width=width, height=height, file=file), data
+    if run is None:
+        raise UserError(f"image {given!r} is one that a run holds; say which with --out")
+    before = store.read_manifest_if_any(run / EmbeddingsManifest.kind, EmbeddingsManifest)
     for each in before.images if before else ():
         if each.file.sha256 == given.removeprefix(HELD):
-            return Image(each.file.sha256, each.name, each.width, each.height, None)
-    raise UserError(f"image {given} is none that {run or 'a new run'} holds; give the file's path")
+            return each, None
+    raise UserError(f"image {given!r} is none that {run} holds; give the file's path")
 
 
-def _with_image(prompt: Prompt, image: Image, checkpoint: Checkpoint) -> Prompt:
-    settings = replace(prompt.settings, image=image.sha256)
+def _with_image(prompt: Prompt, image: SourceImage, checkpoint: Checkpoint) -> Prompt:
+    settings = replace(prompt.settings, image=image.file.sha256)
     if settings.width is settings.height is None:
         area = (checkpoint.defaults.width or 0) * (checkpoint.defaults.height or 0)
         width, height = picture.size_like(image.width, image.height, area, 2 * checkpoint.vae_scale_factor)

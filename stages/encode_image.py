@@ -1,6 +1,6 @@
 """The pictures that prompts begin with -> latents: a stage of its own, between encode and denoise."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,10 +59,12 @@ def encode_image(
     source = store.find(embeddings, EmbeddingsManifest)
     manifest, manifest_id = store.read_manifest(source, EmbeddingsManifest)
     checkpoint = open_checkpoint(following(model, manifest.model.name), Fetching(("decode",), report, notice))
+    memory.check_tile(tile, checkpoint.vae_scale_factor)
     overrides = check_settings(overrides)
     settings = [resolve(overrides, item.settings, checkpoint.defaults) for item in manifest.items]
-    asked = {Sized(each.image or "", each.width or 0, each.height or 0) for each in (wanted or settings)}
-    keyed = {_key(each, checkpoint): each for each in sorted(asked) if each.image}
+    asked: Sequence[Settings | Wanted] = settings if wanted is None else wanted
+    sized = {Sized(each.image, each.width or 0, each.height or 0) for each in asked if each.image}
+    keyed = {_key(each, checkpoint): each for each in sorted(sized)}
     if not keyed:
         return None
     for each in keyed.values():
@@ -150,7 +152,7 @@ class Encoder:
     def __init__(
         self, checkpoint: Checkpoint, pictures: Collection[Sized], tile: int | None, within: memory.Budget
     ) -> None:
-        prepare_mlx("decode")
+        prepare_mlx("encode-image")
         from stages.models.vae import VAEConfig
         from stages.models.vae_encoder import AutoencoderKLQwenImageEncoder
         from stages.weights import Loading, load_model
@@ -159,9 +161,11 @@ class Encoder:
         config = checkpoint.config("vae", VAEConfig)
         loading = Loading(checkpoint, "vae", AutoencoderKLQwenImageEncoder, VAEConfig, DTYPE)
         self.weights, self.within = loading.weights(), within
-        memory.check_tile(tile, config.vae_scale_factor)
         states = {
-            edge: max(memory.picture_states(config, each.height, each.width, edge, DTYPE) for each in pictures)
+            edge: max(
+                memory.picture_states(config, each.height, each.width, edge, DTYPE, config.encoder_halo)
+                for each in pictures
+            )
             for edge in (*memory.TILES, *([tile] if tile else []))
         }
         self.edge = memory.tile(self.weights, states, tile, within)

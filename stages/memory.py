@@ -134,17 +134,21 @@ def table_bytes(config: "TransformerConfig", steps: int, dtype: str) -> int:
     return DTYPE_BYTES[dtype] * steps * (12 * config.num_layers + 2) * config.dim
 
 
-def picture_states(config: "VAEConfig", height: int, width: int, edge: int, dtype: str) -> int:
-    """Bytes that decoding a picture in tiles of edge x edge pixels takes, beside the weights."""
+def picture_states(config: "VAEConfig", height: int, width: int, edge: int, dtype: str, halo: int = 0) -> int:
+    """Bytes that a picture takes in the VAE in tiles of edge x edge pixels, beside the weights.
+
+    `halo`: of pixels around a tile; a decoder's is among its latents.
+    """
     factor, dims = config.vae_scale_factor, config.base_dim * config.dim_mult[-1]
     attention = DTYPE_BYTES[dtype] * ATTENTION_COPIES * dims * (height // factor) * (width // factor)
     unfolded = DTYPE_BYTES[dtype if _has_gpu() else "float32"]  # in which MLX convolves on CPUs, whatever the dtype
-    tile = unfolded * TILE_ACTIVATIONS * config.base_dim * min(edge, height) * min(edge, width)
+    sides = [min(edge + 2 * halo, side) for side in (height, width)]
+    tile = unfolded * TILE_ACTIVATIONS * config.base_dim * sides[0] * sides[1]
     return int(max(attention, tile)) + 3 * height * width
 
 
 def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Budget) -> int:
-    """The edge of the tiles to decode in: as asked, or the largest that fits. UserError beyond a promised budget.
+    """The edge of the tiles to work in: as asked, or the largest that fits. UserError beyond a promised budget.
 
     `states` are the bytes that the tiles take, by their edges.
     """
@@ -154,7 +158,7 @@ def tile(weights: Weights, states: dict[int, int], asked: int | None, within: Bu
     if within.promised and needed[edge] > within.size:
         smaller = f"; --tile {largest} needs less" if needed[largest] <= within.size else ""
         raise UserError(
-            f"decoding in tiles of {edge} needs {gigabytes(needed[edge])}, more than {within}"
+            f"working in tiles of {edge} needs {gigabytes(needed[edge])}, more than {within}"
             + (smaller or f"; give it at least {gigabytes(min(needed.values()))}")
         )
     return edge

@@ -7,7 +7,9 @@ bfloat16), so that `denoise` never loads those 6.8 billion parameters: where a t
 import io
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from artifacts_schema import cache, keys
 from artifacts_schema.errors import UserError
@@ -16,7 +18,7 @@ from stages import memory
 from stages.checkpoint import Checkpoint, weight_files, with_loras
 from stages.lora import Lora, changes_in, layers_of
 from stages.measure import Notice, Report
-from stages.tensors import tensors_of
+from stages.tensors import HEADER_SIZE_BYTES, tensors_of
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -121,10 +123,11 @@ class Table(Sequence["Modulation"]):
 
     def __init__(self, content: bytes, item: ModulationTable, first: int) -> None:
         """`content` is a safetensors file; the steps before `first` are left out."""
-        from safetensors import deserialize
-
+        begin = HEADER_SIZE_BYTES + int.from_bytes(content[:HEADER_SIZE_BYTES], "little")
+        header = msgspec.json.decode(content[HEADER_SIZE_BYTES:begin], type=dict[str, Any])
+        offsets = {name: header[name]["data_offsets"] for name in ("img", "txt", "out")}
         self.item, self.first = item, first
-        self.parts = {name: memoryview(part["data"]) for name, part in deserialize(content)}
+        self.parts = {name: memoryview(content)[begin + start : begin + end] for name, (start, end) in offsets.items()}
 
     def __len__(self) -> int:
         return self.item.steps - self.first

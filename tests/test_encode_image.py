@@ -19,6 +19,7 @@ from artifacts_schema import store
 from artifacts_schema.errors import UserError
 from artifacts_schema.manifests import EmbeddingsManifest, ImageLatentsManifest, LatentsManifest
 from stages import picture
+from stages.models import tiles
 from stages.models.vae import VAEConfig
 from stages.models.vae_encoder import AutoencoderKLQwenImageEncoder
 
@@ -109,9 +110,60 @@ def test_what_is_transparent_is_white():
     assert (picture.rgb(data_of(image), 16, 16, "it") == 1).all()
 
 
-def test_16_bits_are_not_cut_off():
-    image = Image.fromarray(np.full((16, 16), 257 * 200, np.uint16))
+def test_16_bits_are_rounded_not_cut_off():
+    image = Image.fromarray(np.full((16, 16), 257 * 200 - 100, np.uint16))
     assert abs(picture.rgb(data_of(image), 16, 16, "it") - (200 / 127.5 - 1)).max() < 1e-6
+    shows_through = picture.rgb(data_of(image, transparency=257 * 200 - 100), 16, 16, "it")
+    assert (shows_through == 1).all()
+
+
+@pytest.mark.parametrize("numbers", [np.float32, np.int32])
+def test_numbers_of_which_nobody_says_what_is_white(tmp_path, numbers):
+    Image.fromarray(np.ones((16, 16), numbers)).save(tmp_path / "it.tiff")
+    with pytest.raises(UserError, match="nobody says what is white"):
+        picture.read(tmp_path / "it.tiff")
+
+
+def test_what_is_said_beside_a_picture_may_be_anything(tmp_path):
+    (tmp_path / "it.jpg").write_bytes(data_of(drawn(32, 16), format="JPEG", exif=b"Exif\0\0" + b"junk" * 9))
+    assert picture.read(tmp_path / "it.jpg")[2:] == (32, 16)
+
+
+def test_a_picture_of_one_pixel_fills_any_size():
+    rgb = picture.rgb(data_of(Image.new("RGB", (1, 1), "red")), 512, 128, "it")
+    assert (rgb == (1, -1, -1)).all()
+
+
+def test_links_are_followed_and_programs_are_not_run(tmp_path):
+    (tmp_path / "real.png").write_bytes(data_of(drawn(16, 16)))
+    (tmp_path / "link.png").symlink_to("real.png")
+    assert picture.read(tmp_path / "link.png").width == 16
+    (tmp_path / "it.eps").write_bytes(data_of(drawn(16, 16), format="EPS"))
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {"it.eps": "no picture", "pipe": "is no file", "a\0b": "null"}.items():
+        with pytest.raises(UserError, match=message):
+            picture.read(tmp_path / name)
+
+
+def test_files_that_are_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture, "MAX_BYTES", 1 << 20)
+    (tmp_path / "it.png").write_bytes(bytes(1 << 21))
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        picture.read(tmp_path / "it.png")
+
+
+@pytest.mark.parametrize(("dim_mult", "res_blocks"), [((1, 2, 4, 4), 2), ((1, 2, 2), 1)])
+def test_estimates_count_the_halo(monkeypatch, dim_mult, res_blocks):
+    """What the encoder sees around a tile, as its layers have it."""
+    model = random_encoder(base_dim=4, dim_mult=dim_mult, res_blocks=res_blocks)
+    seen = []
+    monkeypatch.setattr(tiles, "whole", lambda layers, x, edge: seen.append(layers) or x)
+    monkeypatch.setattr(model.encoder.mid_block, "attentions", [lambda x: x])
+    model.encoder(mx.zeros((1, 8, 8, 3)), 1)
+    along = tiles.along(seen[0], 4096, 16)
+    (needed, *_), config = along[len(along) // 2], model.config
+    width, factor = needed.stop - needed.start, config.vae_scale_factor
+    assert width <= 16 * factor + 2 * config.encoder_halo <= width + 4 * factor
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "RGBA"])
@@ -148,7 +200,7 @@ def test_sizes_have_the_shape_of_the_picture(index):
     across, down = picture.size_like(width, height, 1024 * 1024, 16)
     assert across % 16 == down % 16 == 0
     assert min(across, down) >= 16
-    if max(width / height, height / width) < 8:
+    if max(width / height, height / width) < 4:
         assert abs(across * down / 1024**2 - 1) < 0.08
         assert abs((across / down) / (width / height) - 1) < 0.08
 
@@ -168,7 +220,7 @@ def test_a_run_begins_with_an_image(qwen_stage, tmp_path, source):
     assert (item.image, item.strength, item.num_inference_steps) == (embeddings.images[0].file.sha256, 0.4, 5)
     said = done(qwen_stage("inspect", path))
     assert {f"  image: {item.image}", "  strength: 0.4"} <= set(said)
-    assert any("from source.png" in line for line in done(qwen_stage("inspect", "run")))
+    assert any("from 'source.png'" in line for line in done(qwen_stage("inspect", "run")))
 
 
 def test_strength_says_how_far_it_goes(qwen_stage, tmp_path):
@@ -260,8 +312,46 @@ def test_reruns_repair_and_vary(qwen_stage, tmp_path, source):
     assert len(other) == 1
 
 
+def test_reruns_make_what_no_picture_begins_with_any_longer(qwen_stage, tmp_path, source):
+    done(qwen_stage("run", PROMPT, f"--image={source}", "--steps=2", "--size=32x32", "--out=run"))
+    done(qwen_stage("encode-image", "run", "--size=48x32"))
+    shutil.rmtree(os.environ["QWEN_STAGE_CACHE"])
+    for array in tmp_path.glob("run/image_latents/*.zarr"):
+        shutil.rmtree(array)
+    done(qwen_stage("rerun", "run"))
+    assert "every file is whole" in qwen_stage("inspect", "run", "--verify").err
+    for name in ("manifest.json", "manifest.backup.json"):
+        (tmp_path / "run/image_latents" / name).write_bytes(b"{}")
+    result = qwen_stage("rerun", "run")
+    assert "cannot be read; what it listed is made again" in result.err
+    done(result)
+    done(qwen_stage("inspect", "run", "--verify"))
+
+
+def test_an_image_that_is_damaged_has_to_be_given_again(qwen_stage, tmp_path, source):
+    (path,) = done(qwen_stage("run", PROMPT, f"--image={source}", "--steps=2", "--size=32x32", "--out=run"))
+    (held,) = tmp_path.glob("run/embeddings/*.png")
+    held.write_bytes(held.read_bytes() + b"x")
+    assert f"{held.name} is damaged" in qwen_stage("inspect", path, "--verify").err
+    assert "is damaged" in qwen_stage("run", f"--like={path}").err
+    result = qwen_stage("rerun", "run")
+    assert result.code == 3
+    assert "the image 'source.png' is damaged or missing; give it again with `qwen-stage run --image`" in result.err
+    done(qwen_stage("run", PROMPT, f"--image={source}", "--steps=2", "--size=32x32", "--out=run"))
+    assert "every file is whole" in qwen_stage("inspect", path, "--verify").err
+
+
+def test_strength_without_an_image_is_told(qwen_stage, tmp_path):
+    done(qwen_stage("run", PROMPT, "--steps=1", "--size=32x32", "--out=run"))
+    assert "strength changes nothing" in qwen_stage("denoise", "--embeddings=run", "--strength=0.5").err
+    assert "begins with an image" in qwen_stage("rerun", "run", "--from=denoise", "--strength=0.5").err
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "strength": 0.5}))
+    assert "say which with image" in qwen_stage("encode", "p.jsonl").err
+
+
 def test_a_picture_is_made_again_from_its_recipe(qwen_stage, tmp_path, source):
-    (path,) = done(qwen_stage("run", PROMPT, f"--image={source}", "--steps=4", "--size=32x32", "--out=run"))
+    strength = "--strength=0.3"
+    (path,) = done(qwen_stage("run", PROMPT, f"--image={source}", "--steps=4", "--size=32x32", strength, "--out=run"))
     (again,) = done(qwen_stage("run", f"--like={path}", "--out=again"))
     assert np.array_equal(np.asarray(Image.open(tmp_path / again)), np.asarray(Image.open(tmp_path / path)))
     shutil.copy(tmp_path / path, tmp_path / "alone.png")
@@ -276,9 +366,9 @@ def test_a_picture_is_made_again_from_its_recipe(qwen_stage, tmp_path, source):
         (["run", "a", "--strength=0.5"], "give that with --image"),
         (["run", "a", "--image=source.png", "--strength=0"], "strength must be above 0"),
         (["run", "a", "--image=source.png", "--strength=1.5"], "at most 1"),
-        (["encode", "missing.jsonl"], "image missing.png: No such file"),
-        (["encode", "directory.jsonl"], "image inbox is a directory"),
-        (["encode", "elsewhere.jsonl"], "image sha256:0 is none that a new run holds"),
+        (["encode", "missing.jsonl"], "image 'missing.png': No such file"),
+        (["encode", "directory.jsonl"], "image 'inbox' is no file"),
+        (["encode", "elsewhere.jsonl"], "image 'sha256:0' is one that a run holds; say which with --out"),
         (["encode", "empty.toml"], "image names no file"),
         (["encode-image", "plain"], "no prompt in plain begins with an image"),
         (["encode-image", "held", "--tile=10"], "--tile 10: must be a multiple of"),

@@ -6,13 +6,14 @@ include none: they know the three kinds of numbers themselves, and are compiled 
 
 import ctypes
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-NVRTC = ("libnvrtc.so.13", "libnvrtc.so.12")  # one of them is what MLX itself has opened
+NVRTC = ("libnvrtc.so.13", "libnvrtc.so.12")  # one of them MLX itself has opened; that comes before any other
 TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16", mx.uint32: "unsigned"}
 
 HEADER = """
@@ -153,9 +154,9 @@ def compiled(source: str, architecture: str) -> bytes:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    for name in NVRTC:
+    for name, mode in ((name, mode) for mode in (os.RTLD_NOLOAD, ctypes.DEFAULT_MODE) for name in NVRTC):
         try:
-            library = ctypes.CDLL(name)
+            library = ctypes.CDLL(name, mode=mode)
         except OSError:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p

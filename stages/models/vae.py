@@ -45,6 +45,13 @@ class VAEConfig:
     def vae_scale_factor(self) -> int:
         return 2 ** len(self.temperal_downsample)
 
+    @property
+    def encoder_halo(self) -> int:
+        """How many pixels around its own the encoder sees of a picture, each way, but for its attention."""
+        levels = len(self.dim_mult)
+        blocks = sum(2 * self.num_res_blocks * 2**level for level in range(levels))
+        return 1 + blocks + sum(2**level for level in range(1, levels)) + 2 * 2 ** (levels - 1)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int):
