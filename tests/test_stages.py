@@ -461,7 +461,7 @@ def test_what_float32_needs_and_has_not_ends_no_other_picture(qwen_stage, tmp_pa
     assert result.code == EXIT_SOME_FAILED
     assert len(result.out) == 1
     assert "0002-two" in result.out[0]
-    assert "'one': decoding in tiles of" in result.err
+    assert "'one': working in tiles of" in result.err
 
 
 def test_a_picture_in_another_dtype_will_do(qwen_stage, tmp_path, small_model, monkeypatch):
