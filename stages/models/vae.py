@@ -98,11 +98,11 @@ class AttentionBlock(nn.Module):
         """[B, H, W, C] -> the same, computed now: at its peak four times as large as x, and the scores."""
         shape, dim = x.shape, x.shape[-1]
         x = x.flatten(1, 2)
-        mx.eval(x)  # here and below also on CUDA: of a large picture these are the largest arrays
         to_q, to_k, to_v = zip(self.to_qkv.weight.split(3), self.to_qkv.bias.split(3), strict=True)
         normed = self.norm(x)
+        tiles.settle(normed)
         k, v = _linear(normed, *to_k), _linear(normed, *to_v)
-        mx.eval(k, v)
+        tiles.settle(k, v)
         del normed
         queries = max(1, SCORE_BYTES // (x.shape[0] * x.shape[1] * x.itemsize))
         chunks = []
@@ -113,7 +113,6 @@ class AttentionBlock(nn.Module):
             chunks.append(chunk + self.proj(attended[:, 0]))
             mx.async_eval(chunks[-1])
             mx.eval(chunks[-2:-1])
-        mx.eval(chunks)
         del k, v
         return mx.concatenate(chunks, axis=1).reshape(shape)
 
